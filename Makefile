@@ -1,0 +1,63 @@
+# make help lists the targets. Everything runs in .venv, which `make setup` builds from requirements/.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# On Linux, PyPI's torch is the CUDA build (several GB). For the CPU build (200 MB) point this at PyTorch's own index:
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+LAYOUT ?= tp2
+SEED ?= 0
+RUN_DIR ?= runs/minipipe-$(LAYOUT)
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOCK := requirements/torch.txt requirements/cpu.txt
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# byte code is compiled at the first import instead: most modules of these packages are never imported here
+INSTALL := $(BIN)/python -m pip install --no-compile --disable-pip-version-check --quiet
+# a name alone is not enough: version managers leave shims that fail, and Debian splits venv off
+USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+
+.PHONY: help setup demo test test-slow lint bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## build .venv from the lock (once, and again when the lock changes)
+
+$(STAMP): $(LOCK) pyproject.toml
+	@python=; for name in $(or $(PYTHON),python3.11 python3.12 python3); do \
+	    if "$$name" -c '$(USABLE)' 2>/dev/null; then python="$$name"; break; fi; done; \
+	if [ -z "$$python" ]; then \
+	    echo "setup: no usable Python 3.11 or 3.12 (with venv) was found; install one, or pass PYTHON=/path/to/python3.11" >&2; \
+	    exit 1; fi; \
+	echo "setup: building $(VENV) with $$("$$python" --version); this takes a few minutes"; \
+	"$$python" -m venv --clear $(VENV)
+	@$(INSTALL) $(INDEX) --constraint requirements/cpu.txt --requirement requirements/torch.txt
+	@$(INSTALL) --no-deps --requirement requirements/cpu.txt
+	@$(INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup ## train MiniPipe on this CPU, LAYOUT=tp2|pp2|tp1, SEED=0
+	$(BIN)/megatron-sdpo train minipipe --layout $(LAYOUT) --run-dir $(RUN_DIR) seed=$(SEED)
+
+lint: setup ## formatting, lint rules, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test: lint ## lint, then every test that needs no GPU and no long time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup ## the long tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
+
+bench: setup ## time the parts that a change can make slower
+	$(BIN)/python -m tools.bench
+
+clean: ## remove .venv, caches and build output (runs/ is kept)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

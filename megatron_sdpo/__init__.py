@@ -1,0 +1,10 @@
+"""SDPO (Self-Distillation Policy Optimization) on Megatron-core and SGLang.
+
+The data meets the files in this order; an import never points up the list (tests/test_imports.py)::
+
+    types  config  tasks  sandbox  chat  rollout  teacher_context  batching
+    divergence  objective  teacher  mcore  reshard  loop
+    discovery  evaluate  tracking  report  scaling  launch  cli
+"""
+
+__version__ = "0.1.0"

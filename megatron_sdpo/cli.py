@@ -1,0 +1,195 @@
+"""The command line: ``megatron-sdpo train | evaluate | serve | convert | report``.
+
+Exit codes: 0 done, 1 a running role failed, 2 the request cannot work (one sentence on standard error),
+128 + n stopped by signal n.
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_sdpo import __version__
+from megatron_sdpo import config as configuration
+from megatron_sdpo.config import Config, ConfigError
+from megatron_sdpo.launch.local import Interrupted, RoleDied, run_locally
+from megatron_sdpo.launch.preflight import check_run
+from megatron_sdpo.launch.run_dir import RunDir
+from megatron_sdpo.report import write_report
+from megatron_sdpo.rollout.control import EngineError
+from megatron_sdpo.tracking import read_metrics
+from recipes import recipe, recipes
+
+_LAYOUT = re.compile(r"(?:tp(\d+))?(?:pp(\d+))?(?:dp(\d+))?")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except (ConfigError, EngineError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RoleDied as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Interrupted as error:
+        print(str(error), file=sys.stderr)
+        sys.exit(128 + error.number)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Preflight, all roles, report."""
+    config = _config(arguments)
+    check_run(config)
+    if arguments.dry_run:
+        print(json.dumps(dataclasses.asdict(config), indent=2))
+        return
+    run_dir = RunDir(Path(config.run_dir))
+    began = time.perf_counter()
+    print(f"{config.name}: {config.steps} steps in {run_dir.path}, trainer {_layout_words(config)}, ", end="")
+    print(f"{config.engine.count} engine(s); starting takes about half a minute", flush=True)
+    run_locally(config, run_dir)
+    report = write_report(run_dir.path)
+    scores = [row["eval/accuracy"] for row in read_metrics(run_dir.path) if row.get("eval/accuracy") is not None]
+    if scores:
+        print(f"held-out accuracy: {scores[0]:.1%} before, {scores[-1]:.1%} after")
+    print(f"finished in {time.perf_counter() - began:.0f} s")
+    print(f"report  {report}\ncurve   {report.with_name('curve.png')}\nmodel   {run_dir.exported} (Hugging Face format)")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """One engine, the recipe's held-out questions, one JSON object."""
+    from megatron_sdpo.launch.serving import evaluate_model  # loads aiohttp and the engine's client only when needed
+
+    config = _with_model(_config(arguments), arguments.model)
+    check_run(config)
+    evaluation = asyncio.run(evaluate_model(config))
+    print(json.dumps(evaluation.metrics, indent=2))
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Engines until interrupted."""
+    from megatron_sdpo.launch.serving import serve_model
+
+    config = _with_model(_config(arguments), arguments.model)
+    configuration.check(config)
+    configuration.read_model_config(config)
+    serve_model(config)
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """A run's checkpoint -> Hugging Face directory, or Hugging Face directory -> sharded checkpoint."""
+    from megatron_sdpo.launch.convert import convert_checkpoint  # loads torch and megatron
+
+    print(convert_checkpoint(arguments.source, arguments.target, arguments.step))
+
+
+def report(arguments: argparse.Namespace) -> None:
+    print(write_report(arguments.run_dir))
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    overrides = list(arguments.overrides)
+    if arguments.layout:
+        overrides = [*_layout_overrides(arguments.layout), *overrides]
+    if arguments.run_dir:
+        overrides.append(f"run_dir={arguments.run_dir}")
+    config = configuration.apply_overrides(recipe(arguments.recipe), overrides)
+    configuration.check(config)
+    return config
+
+
+def _layout_overrides(name: str) -> list[str]:
+    match = _LAYOUT.fullmatch(name)
+    if not name or match is None:
+        raise ConfigError(f"--layout {name!r} is not a layout; write tp2, pp2, tp2pp2, tp1 or the like")
+    tp, pp, dp = (int(size) if size else 1 for size in match.groups())
+    return [
+        f"layout.tensor_parallel={tp}",
+        f"layout.pipeline_parallel={pp}",
+        f"layout.world_size={tp * pp * dp}",
+    ]
+
+
+def _layout_words(config: Config) -> str:
+    layout = config.layout
+    return f"tp{layout.tensor_parallel} x pp{layout.pipeline_parallel} on {layout.world_size} rank(s)"
+
+
+def _with_model(config: Config, model: str | None) -> Config:
+    if model is None:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=model))
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="megatron-sdpo",
+        formatter_class=raw,
+        description="Post-train language models with SDPO: Megatron-core trains, SGLang generates.",
+        epilog="Start with `megatron-sdpo train minipipe`: it needs two CPU cores and a few minutes.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "train",
+        formatter_class=raw,
+        help="run a recipe; the same command continues a run that was interrupted",
+        description="Run a recipe on this machine: engines, coordinator and trainer ranks.\n"
+        "The same command continues an interrupted run from its last checkpoint.",
+        epilog=_configuration_help(),
+    )
+    _recipe_arguments(command)
+    command.add_argument("--dry-run", action="store_true", help="check everything, print the configuration, start nothing")
+    command.set_defaults(run=train)
+
+    command = commands.add_parser("evaluate", help="score a model on a recipe's held-out questions")
+    _recipe_arguments(command)
+    command.add_argument("--model", help="Hugging Face directory; default: the recipe's model")
+    command.set_defaults(run=evaluate)
+
+    command = commands.add_parser("serve", help="start a recipe's engines and wait; the token is in RUN_DIR/token")
+    _recipe_arguments(command)
+    command.add_argument("--model", help="Hugging Face directory; default: the recipe's model")
+    command.set_defaults(run=serve)
+
+    command = commands.add_parser(
+        "convert",
+        help="run checkpoint -> Hugging Face directory, or Hugging Face directory -> Megatron checkpoint",
+    )
+    command.add_argument("source", type=Path, help="a run directory, or a Hugging Face directory")
+    command.add_argument("target", type=Path, help="directory to write; must not exist")
+    command.add_argument("--step", type=int, help="which checkpoint of the run; default: the newest")
+    command.set_defaults(run=convert)
+
+    command = commands.add_parser("report", help="write RUN_DIR/report.html and curve.png")
+    command.add_argument("run_dir", type=Path)
+    command.set_defaults(run=report)
+    return parser
+
+
+def _recipe_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", help=f"one of: {', '.join(sorted(recipes()))}")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="change one configuration value, e.g. optim.lr=1e-3")
+    command.add_argument("--layout", help="trainer ranks by kind, e.g. tp2, pp2, tp2pp2, tp1 (short for layout.* keys)")
+    command.add_argument("--run-dir", help="where everything is written (short for run_dir=)")
+
+
+def _configuration_help() -> str:
+    lines = ["configuration keys (change them with key=value):"]
+    for key, (kind, default) in configuration.fields_by_name().items():
+        shown = "required" if default is dataclasses.MISSING else f"default {default!r}"
+        lines.append(f"  {key:36} {configuration.type_words(kind)}; {shown}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

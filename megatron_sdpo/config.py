@@ -1,0 +1,430 @@
+"""The configuration tree: frozen dataclasses, each default in one place, no torch.
+
+A recipe (recipes/) returns a complete ``Config``; ``apply_overrides`` changes fields by dotted
+name; ``check`` refuses what cannot work before anything is started; the resolved tree is saved as
+``config.json`` in the run directory. Every refusal is a ``ConfigError`` with one sentence that says
+what was wrong and what to set.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+
+class ConfigError(ValueError):
+    """The user asked for something that cannot work; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which model is trained."""
+
+    path: str
+    """Hugging Face directory: config.json, *.safetensors, tokenizer files."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Parameter and activation dtype of trainer and engine; master weights are fp32 in any case."""
+    max_length: int = 8192
+    """Longest sequence, prompt and response together, that trainer and engine must hold; tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskConfig:
+    """Which questions are asked."""
+
+    name: str
+    """A name known to tasks.load_task."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the task."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayoutConfig:
+    """How the model is cut over trainer ranks; data parallel is what remains of the world size."""
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    world_size: int = 1
+    """Trainer ranks in all: a multiple of tensor_parallel * pipeline_parallel."""
+    tokens_per_micro_batch: int = 8192
+    """Packed tokens of a micro-batch; a sequence longer than this has a micro-batch of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """The SGLang fleet."""
+
+    count: int = 1
+    """Engines; two or more are put behind sglang-router."""
+    tensor_parallel: int = 1
+    host: str = "127.0.0.1"
+    """Address that engines bind to: loopback, or this node's address in the job's network."""
+    port: int = 0
+    """First port; 0 takes free ones."""
+    max_running_requests: int = 256
+    max_total_tokens: int | None = None
+    """Size of the KV cache in tokens; None lets SGLang choose from free memory (GPU only)."""
+    start_timeout_s: float = 600.0
+    request_timeout_s: float = 600.0
+    extra_args: tuple[str, ...] = ()
+    """Passed to SGLang as they are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """What the coordinator asks of the engines for one step."""
+
+    prompts_per_step: int = 32
+    attempts_per_prompt: int = 8
+    max_new_tokens: int = 8192
+    temperature: float = 1.0
+    max_staleness: int = 0
+    """Steps that generation may run ahead of training; 0 is synchronous and on-policy."""
+    verify_workers: int = 2
+    """Threads that judge attempts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherContextConfig:
+    """Who demonstrates and which feedback the teacher reads (paper section 3, table 2)."""
+
+    success_threshold: float = 0.5
+    """An attempt with at least this reward may demonstrate."""
+    demonstrations: bool = True
+    exclude_own_success: bool = True
+    """An attempt never demonstrates to itself."""
+    remove_thinking: bool = True
+    """Drop <think>...</think> from a demonstration."""
+    feedback: Literal["without_solution", "always", "never"] = "without_solution"
+    template: str = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n"
+    solution_template: str = "\nCorrect solution:\n\n{solution}\n\n"
+    feedback_template: str = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback}\n\n"
+    max_prompt_tokens: int = 10240
+    """Longest teacher prompt; a longer one is treated by ``too_long``."""
+    too_long: Literal["drop", "shorten", "fail"] = "shorten"
+    """shorten cuts feedback, then demonstration, in the middle; the question and the frame never."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """Whose weights teach (paper table 4)."""
+
+    kind: Literal["ema", "frozen", "live"] = "ema"
+    update_rate: float = 0.05
+    """new = (1 - rate) * teacher + rate * student, fp32, once per generation batch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """What is minimised."""
+
+    kind: Literal["sdpo", "grpo", "next_token"] = "sdpo"
+    alpha: float = 0.5
+    """0: KL(teacher||student), 1: KL(student||teacher), between: generalised JSD."""
+    top_k: int = 100
+    """Student tokens kept per position; the rest of the vocabulary is one tail bin."""
+    tail: bool = True
+    """False renormalises the kept tokens on both sides instead of keeping a tail bin."""
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """token_mean: every unmasked response token weighs the same (paper eq. 12);
+    sequence_mean: mean over all sequences of per-sequence token means (what the reference
+    release executes with its shipped settings)."""
+    masked_in_denominator: bool | None = None
+    """Count samples without a teacher context in the denominator. None: as the aggregation's
+    source does, token_mean no, sequence_mean yes."""
+    policy_drift_clip: float | None = 2.0
+    """Cap of the detached weight pi_theta / pi_old on the sampled token; None switches it off."""
+    engine_mismatch_cap: float | None = 2.0
+    """Cap of the token importance weight pi_old / pi_engine (TIS); None switches it off."""
+    advantage_std: bool = False
+    """GRPO: divide the advantage by the group's standard deviation."""
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    """GRPO: ratio clip 1 - clip_low, 1 + clip_high."""
+    dual_clip: float | None = 3.0
+    """GRPO: bound of the loss for negative advantages; None switches it off."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = 1e-5
+    lr_decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after warm-up, from lr to lr * min_lr_ratio at the last step."""
+    min_lr_ratio: float = 0.0
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    mini_batches: int = 1
+    """Optimizer steps per generation batch; samples are dealt to them at random by seed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishConfig:
+    """How trained weights reach the engines."""
+
+    bucket_bytes: int = 512 * 1024 * 1024
+    """Tensors are sent in buckets of about this size."""
+    probe_tokens: int = 32
+    """Length of the fixed probe whose log-probs trainer and engine compare after every publish."""
+    probe_tolerance: float = 1e-4
+    """Largest accepted difference of a probe log-prob; natural log. bf16 needs about 0.15."""
+    timeout_s: float = 300.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When the trainer's state is written."""
+
+    every: int = 10
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """Held-out questions, plain (no teacher context)."""
+
+    every: int = 5
+    """Steps between evaluations; 0 evaluates never, otherwise the first and the last version too."""
+    questions: int | None = None
+    """How many of the task's held-out questions; None takes all."""
+    attempts: int = 4
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    """Where numbers go besides metrics.jsonl and the console."""
+
+    tensorboard: bool = False
+    wandb_project: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A whole run."""
+
+    name: str
+    run_dir: str
+    """Everything the run writes; the same directory resumes."""
+    steps: int
+    """Generation batches."""
+    seed: int = 0
+    model: ModelConfig
+    task: TaskConfig
+    layout: LayoutConfig = LayoutConfig()
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    teacher_context: TeacherContextConfig = TeacherContextConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    publish: PublishConfig = PublishConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+def fields_by_name(kind: type = Config, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (type, default) of every leaf; a default is ``dataclasses.MISSING`` when there is none."""
+    leaves: dict[str, tuple[Any, Any]] = {}
+    hints = typing.get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[f.name]):
+            leaves |= fields_by_name(hints[f.name], f"{prefix}{f.name}.")  # pyright: ignore[reportArgumentType]
+        else:
+            default = f.default
+            if f.default_factory is not dataclasses.MISSING:
+                default = f.default_factory()
+            leaves[prefix + f.name] = (hints[f.name], default)
+    return leaves
+
+
+def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """``["optim.lr=1e-3", "task.options.hint=false"]`` -> a changed copy; values are read as JSON, else as text."""
+    leaves = fields_by_name()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r} has no '='; write it as section.key=value")
+        options = key.startswith("task.options.") and len(key) > len("task.options.")
+        if key not in leaves and not options:
+            near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else "; `megatron-sdpo train --help` lists the keys"
+            raise ConfigError(f"unknown configuration key {key!r}{hint}")
+        value = _literal(text)
+        if options:
+            name = key.removeprefix("task.options.")
+            key, value = "task.options", {**config.task.options, name: value}
+        config = _replace(config, key.split("."), _convert(key, value, text, leaves[key][0]))
+    return config
+
+
+def _literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"none": None, "true": True, "false": False}.get(text.lower(), text)
+
+
+def _convert(key: str, value: Any, text: str, kind: Any) -> Any:
+    try:
+        return msgspec.convert(value, type=kind)
+    except msgspec.ValidationError:
+        pass
+    try:  # a text field whose value looks like JSON: name=7
+        return msgspec.convert(text, type=kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{key}={text!r} does not fit: it must be {type_words(kind)}") from error
+
+
+def type_words(kind: Any) -> str:
+    """A type in the words of a help text or a refusal."""
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("none" if a is type(None) else type_words(a) for a in typing.get_args(kind))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
+
+
+T = TypeVar("T")
+
+
+def _replace(node: T, path: Sequence[str], value: Any) -> T:
+    head, *rest = path
+    new = _replace(getattr(node, head), rest, value) if rest else value
+    return dataclasses.replace(node, **{head: new})  # pyright: ignore[reportArgumentType]
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the resolved tree as JSON, atomically."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    temporary.replace(path)
+
+
+def load(path: Path) -> Config:
+    """The inverse of ``save``; unknown keys and wrong types are refused."""
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from error
+    return _build(Config, data, "")
+
+
+def _build(kind: type[T], data: Any, prefix: str) -> T:
+    hints = typing.get_type_hints(kind)
+    unknown = set(data) - set(hints)
+    if unknown:
+        raise ConfigError(f"unknown configuration key {prefix + min(unknown)!r}")
+    values = {}
+    for name, value in data.items():
+        nested = dataclasses.is_dataclass(hints[name])
+        values[name] = (
+            _build(hints[name], value, f"{prefix}{name}.")
+            if nested
+            else _convert(prefix + name, value, str(value), hints[name])
+        )
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"the configuration is not complete: {error}") from error
+
+
+def check(config: Config) -> None:
+    """Refuse values that cannot work whatever the model is; the model's own sizes are checked by ``check_model``."""
+    layout, objective = config.layout, config.objective
+    positive = {
+        "steps": config.steps,
+        "layout.tensor_parallel": layout.tensor_parallel,
+        "layout.pipeline_parallel": layout.pipeline_parallel,
+        "layout.world_size": layout.world_size,
+        "layout.tokens_per_micro_batch": layout.tokens_per_micro_batch,
+        "engine.count": config.engine.count,
+        "rollout.prompts_per_step": config.rollout.prompts_per_step,
+        "rollout.attempts_per_prompt": config.rollout.attempts_per_prompt,
+        "rollout.max_new_tokens": config.rollout.max_new_tokens,
+        "optim.mini_batches": config.optim.mini_batches,
+        "objective.top_k": objective.top_k,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+        "publish.bucket_bytes": config.publish.bucket_bytes,
+    }
+    for key, value in positive.items():
+        if value < 1:
+            raise ConfigError(f"{key} is {value}; it must be at least 1")
+    model_parallel = layout.tensor_parallel * layout.pipeline_parallel
+    if layout.world_size % model_parallel:
+        raise ConfigError(
+            f"layout.world_size {layout.world_size} is not a multiple of tensor_parallel * pipeline_parallel"
+            f" = {model_parallel}; set it to {model_parallel} or a multiple"
+        )
+    if not 0.0 <= objective.alpha <= 1.0:
+        raise ConfigError(f"objective.alpha is {objective.alpha}; it must lie between 0 and 1")
+    if not 0.0 <= config.teacher.update_rate <= 1.0:
+        raise ConfigError(f"teacher.update_rate is {config.teacher.update_rate}; it must lie between 0 and 1")
+    if config.rollout.temperature <= 0:
+        raise ConfigError(
+            f"rollout.temperature is {config.rollout.temperature}; training needs sampled attempts, set it above 0"
+        )
+    if config.rollout.max_staleness < 0:
+        raise ConfigError(f"rollout.max_staleness is {config.rollout.max_staleness}; it must be 0 or more")
+    if objective.kind == "grpo" and config.rollout.attempts_per_prompt < 2:
+        raise ConfigError("GRPO compares attempts at one question; set rollout.attempts_per_prompt to 2 or more")
+
+
+def read_model_config(config: Config) -> dict[str, Any]:
+    """The model's Hugging Face ``config.json``; a missing model or tokenizer is refused."""
+    folder = Path(config.model.path)
+    if not folder.is_dir():
+        raise ConfigError(f"model.path {folder} is not a directory; set it to a Hugging Face checkpoint directory")
+    for name, what in {"config.json": "model configuration", "tokenizer.json": "tokenizer"}.items():
+        if not (folder / name).is_file():
+            raise ConfigError(f"model.path {folder} has no {name} ({what}); set model.path to a complete checkpoint")
+    if not list(folder.glob("*.safetensors")):
+        raise ConfigError(f"model.path {folder} has no *.safetensors file; set model.path to a complete checkpoint")
+    return json.loads((folder / "config.json").read_text())
+
+
+def check_model(config: Config, model: dict[str, Any]) -> None:
+    """Refuse a layout that does not divide the model's heads, layers or vocabulary."""
+    tp, pp = config.layout.tensor_parallel, config.layout.pipeline_parallel
+    sizes = {
+        "attention heads": model["num_attention_heads"],
+        "key-value heads": model.get("num_key_value_heads", model["num_attention_heads"]),
+        "vocabulary entries": model["vocab_size"],
+        "MLP units": model["intermediate_size"],
+    }
+    for what, size in sizes.items():
+        if size % tp:
+            raise ConfigError(
+                f"layout.tensor_parallel {tp} does not divide the model's {size} {what}; set a divisor of {size}"
+            )
+    if model["num_hidden_layers"] % pp:
+        raise ConfigError(
+            f"layout.pipeline_parallel {pp} does not divide the model's {model['num_hidden_layers']} layers;"
+            f" set a divisor of {model['num_hidden_layers']}"
+        )
+    if config.objective.top_k >= model["vocab_size"]:
+        raise ConfigError(
+            f"objective.top_k {config.objective.top_k} must be smaller than the vocabulary of {model['vocab_size']}"
+        )
+    if config.model.max_length > model["max_position_embeddings"]:
+        raise ConfigError(
+            f"model.max_length {config.model.max_length} is beyond the model's {model['max_position_embeddings']} positions"
+        )

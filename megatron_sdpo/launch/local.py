@@ -1,0 +1,167 @@
+"""All roles of a run on this machine: started together, watched, stopped together."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import megatron_sdpo
+from megatron_sdpo.config import Config
+from megatron_sdpo.launch.run_dir import RunDir
+from megatron_sdpo.rollout import lifeline
+from megatron_sdpo.rollout.fleet import Fleet
+
+POLL_S = 0.2
+GRACE_S = 5.0
+TAIL_LINES = 15
+
+
+class RoleDied(RuntimeError):
+    """A role ended before the run was finished; the message names it and shows the end of its log."""
+
+
+class Interrupted(RuntimeError):
+    """A signal asked the run to stop. ``number`` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; the same command continues from the last checkpoint")
+        self.number = number
+
+
+@dataclass(frozen=True, slots=True)
+class _Role:
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def run_locally(config: Config, run_dir: RunDir) -> None:
+    """Run to the end. Raises RoleDied or Interrupted after everything has been stopped; nothing stays behind.
+
+    The roles end with this process even when it is killed outright.
+    """
+    with run_dir.locked(), _signals_raise():
+        run_dir.prepare(config)
+        lifeline_was = os.environ.get(lifeline.PARENT)
+        roles: list[_Role] = []
+        fleet = Fleet(config, run_dir.path, run_dir.token())
+        try:
+            os.environ[lifeline.PARENT] = str(os.getpid())
+            # Trainer and coordinator load while the engines do.
+            roles.append(_start("coordinator", _coordinator(run_dir), run_dir, config))
+            roles.append(_start("trainer", _trainer(run_dir, config), run_dir, config))
+            fleet.start()
+            _watch(roles, fleet, run_dir)
+        finally:
+            _stop(roles)
+            fleet.stop()
+            _restore(lifeline_was)
+
+
+def _coordinator(run_dir: RunDir) -> list[str]:
+    return [sys.executable, "-m", "megatron_sdpo.launch.coordinator", str(run_dir.path)]
+
+
+def _trainer(run_dir: RunDir, config: Config) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "megatron_sdpo.launch.torchrun",
+        "--standalone",
+        f"--nproc-per-node={config.layout.world_size}",
+        "-m",
+        "megatron_sdpo.launch.trainer",
+        str(run_dir.path),
+    ]
+
+
+def _start(name: str, command: Sequence[str], run_dir: RunDir, config: Config) -> _Role:
+    """Standard output stays the console's (the trainer's step lines); everything else goes to the role's log."""
+    log = run_dir.logs / f"{name}.log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=None if name == "trainer" else output,
+            stderr=output,
+            env=environment(config),
+            start_new_session=True,
+        )
+    return _Role(name, process, log)
+
+
+def environment(config: Config) -> dict[str, str]:
+    """What every role's process gets besides this process's own environment."""
+    checkout = str(Path(megatron_sdpo.__file__ or "").parents[1])
+    own = {
+        lifeline.PARENT: str(os.getpid()),
+        "PYTHONPATH": os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")])),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if config.engine.host in ("127.0.0.1", "localhost"):
+        own["GLOO_SOCKET_IFNAME"] = "lo"
+    return {"OMP_NUM_THREADS": "1"} | dict(os.environ) | own
+
+
+def _watch(roles: Sequence[_Role], fleet: Fleet, run_dir: RunDir) -> None:
+    """Until the trainer has finished; any other end is RoleDied."""
+    trainer = next(role for role in roles if role.name == "trainer")
+    while trainer.process.poll() != 0:
+        for ended in fleet.dead():
+            raise RoleDied(_words(ended.name, ended.exit_code, ended.log_tail))
+        for role in roles:
+            code = role.process.poll()
+            if code is not None:
+                raise RoleDied(_words(role.name, code, run_dir.failure_of(role.name) or _tail(role.log)))
+        time.sleep(POLL_S)
+
+
+def _words(name: str, code: int, why: str) -> str:
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return f"{name} {how}; all roles were stopped, the same command continues from the last checkpoint.\n{why}"
+
+
+def _stop(roles: Sequence[_Role]) -> None:
+    for role in roles:
+        _signal_group(role, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_S
+    while time.monotonic() < deadline and any(role.process.poll() is None for role in roles):
+        time.sleep(POLL_S / 4)
+    for role in roles:
+        _signal_group(role, signal.SIGKILL)
+        role.process.wait()
+
+
+def _signal_group(role: _Role, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):  # the whole group has ended
+        os.killpg(role.process.pid, number)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _restore(lifeline_was: str | None) -> None:
+    if lifeline_was is None:
+        os.environ.pop(lifeline.PARENT, None)
+    else:
+        os.environ[lifeline.PARENT] = lifeline_was
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])

@@ -1,0 +1,146 @@
+"""The run directory, through which the roles find their configuration and each other."""
+
+import dataclasses
+import fcntl
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from megatron_sdpo import config as configuration
+from megatron_sdpo.config import Config, ConfigError
+
+_MAY_CHANGE = ("steps", "run_dir", "name", "checkpoint.", "evaluation.", "tracking.", "publish.", "engine.")
+"""What a resumed run may change; anything else would make it another experiment under the same name."""
+
+POLL_S = 0.1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths inside a run directory. Example: ``RunDir(Path("runs/minipipe-tp2")).checkpoints``"""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def exported(self) -> Path:
+        return self.path / "hf"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def addresses(self) -> Path:
+        return self.path / "addresses"
+
+    @property
+    def token_file(self) -> Path:
+        return self.path / "token"
+
+    def token(self) -> str:
+        return self.token_file.read_text()
+
+    def prepare(self, config: Config) -> None:
+        """Make the directory, or check that the run in it is this one; save the configuration, forget old addresses.
+
+        A new token each time: processes of an earlier start cannot take part in this one.
+        """
+        try:
+            for folder in (self.path, self.attempts, self.checkpoints, self.logs, self.addresses):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run_dir {self.path} cannot be written ({error.strerror}); set another run_dir") from error
+        if self.config.exists() and self.has_progress():
+            _check_same_run(configuration.load(self.config), config, self.path)
+        for stale in (*self.addresses.iterdir(), *self.logs.glob("*.failure")):
+            stale.unlink()
+        self.token_file.unlink(missing_ok=True)
+        descriptor = os.open(self.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_urlsafe(32))
+        configuration.save(config, self.config)
+
+    def report_failure(self, role: str, failure: BaseException) -> None:
+        """Leave the words of a role's first failure for whoever started it (``failure_of``)."""
+        while isinstance(failure, BaseExceptionGroup):
+            failure = failure.exceptions[0]
+        with suppress(FileExistsError), (self.logs / f"{role}.failure").open("x") as file:
+            file.write(str(failure) or repr(failure))
+
+    def failure_of(self, role: str) -> str | None:
+        path = self.logs / f"{role}.failure"
+        return path.read_text() if path.exists() else None
+
+    def has_progress(self) -> bool:
+        """Something was sampled or trained here; until then the configuration may still change freely."""
+        return any(self.attempts.iterdir()) or any(self.checkpoints.iterdir())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory; ConfigError when another start of the same run does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"another process is running in {self.path}; stop it or set another run_dir") from None
+            yield
+
+    def publish_address(self, name: str, address: str) -> None:
+        """Say where a role listens, atomically."""
+        temporary = self.addresses / f".{name}.tmp"
+        temporary.write_text(address)
+        temporary.replace(self.addresses / name)
+
+
+def wait_for(find: Callable[[], T | None], what: str, timeout_s: float) -> T:
+    """Poll the shared run directory until ``find`` gives something; TimeoutError names what did not come."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = find()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not appear in the run directory within {timeout_s:.0f} s")
+        time.sleep(POLL_S)
+
+
+def _check_same_run(old: Config, new: Config, path: Path) -> None:
+    before, after = _leaves(dataclasses.asdict(old)), _leaves(dataclasses.asdict(new))
+    changed = [key for key in after if before.get(key) != after[key] and not key.startswith(_MAY_CHANGE)]
+    if changed:
+        key = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise ConfigError(
+            f"{path} holds a run with {key}={before.get(key)!r}, not {after[key]!r}{more};"
+            " set another run_dir, or the same value to continue that run"
+        )
+
+
+def _leaves(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+    leaves: dict[str, object] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and key != "options":
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves

@@ -1,0 +1,122 @@
+"""A trainer rank's process: ``torchrun ... -m megatron_sdpo.launch.trainer RUN_DIR``."""
+
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import torch.distributed as dist
+
+from megatron_sdpo import config as configuration
+from megatron_sdpo.config import Config
+from megatron_sdpo.launch.run_dir import RunDir, wait_for
+from megatron_sdpo.loop import train
+from megatron_sdpo.mcore import checkpoint
+from megatron_sdpo.mcore import groups as parallel
+from megatron_sdpo.mcore.groups import ParallelGroups
+from megatron_sdpo.mcore.hf import canonical_parameters, save_hf
+from megatron_sdpo.mcore.learner import Learner
+from megatron_sdpo.reshard.publish import Publisher
+from megatron_sdpo.rollout import lifeline
+from megatron_sdpo.rollout.control import EngineControl
+from megatron_sdpo.rollout.fleet import read_engines
+from megatron_sdpo.rollout.wire import CoordinatorClient, Kind
+from megatron_sdpo.tracking import Tracker
+from megatron_sdpo.types import Batch, Evaluation
+
+R = TypeVar("R")
+
+COLLECTIVE_TIMEOUT_S = 7200.0
+"""Ranks wait in a collective while rank 0 waits for generation, which may take long."""
+
+
+class SharedSource:
+    """The coordinator as all ranks see it: rank 0 asks, everybody gets the answer."""
+
+    def __init__(self, client: CoordinatorClient | None, groups: ParallelGroups) -> None:
+        self._client, self._groups = client, groups
+
+    def batch(self, step: int) -> Batch:
+        return self._ask("batch", step, Batch)
+
+    def evaluate(self, version: int) -> Evaluation:
+        return self._ask("evaluate", version, Evaluation)
+
+    def published(self, version: int) -> None:
+        self._ask("published", version, type(None))
+
+    def _ask(self, kind: Kind, number: int, answer: type[R]) -> R:
+        box: list[Any] = [self._client.ask(kind, number) if self._client is not None else None]
+        dist.broadcast_object_list(box, src=0, group=self._groups.world)
+        return msgspec.msgpack.decode(box[0], type=answer)
+
+
+class DueCheckpoints:
+    """Saves every ``checkpoint.every`` steps and after the last."""
+
+    def __init__(self, config: Config, learner: Learner, folder: Path) -> None:
+        self._config, self._learner, self._folder = config, learner, folder
+
+    def save_if_due(self, cursor: int) -> None:
+        step, every = self._learner.step, self._config.checkpoint.every
+        if step % every == 0 or step == self._config.steps:
+            checkpoint.save(self._learner, self._folder, cursor, self._config.checkpoint.keep)
+
+
+def run(run_dir: RunDir) -> None:
+    """Build the parts, resume, train, export."""
+    config, token = configuration.load(run_dir.config), run_dir.token()
+    groups = parallel.initialize(config.layout, config.seed, COLLECTIVE_TIMEOUT_S)
+    learner = Learner(config, groups)
+    resumed = checkpoint.load_latest(learner, run_dir.checkpoints)
+    tracker = Tracker(config, run_dir.path, is_writer=groups.rank == 0)
+    tracker.truncate_after(learner.step if resumed else -1)
+    client = None
+    if groups.rank == 0:
+        # The coordinator listens once the engines serve, so all addresses are there then.
+        url = wait_for(
+            lambda: _read(run_dir.addresses / "coordinator"), "the coordinator", config.engine.start_timeout_s
+        )
+        client = CoordinatorClient(url, token)
+        if resumed:
+            print(f"resumed from the checkpoint of step {resumed.step}", flush=True)
+    dist.barrier(group=groups.world)
+    engines = [EngineControl(a, token, config.publish.timeout_s) for a in read_engines(run_dir.path)]
+    publisher = Publisher(
+        config.publish,
+        learner.hf_config,
+        groups,
+        canonical_parameters(learner.model),
+        engines,
+        config.engine.host,
+        learner.log_probs,
+    )
+    train(
+        config,
+        SharedSource(client, groups),
+        learner,
+        publisher,
+        DueCheckpoints(config, learner, run_dir.checkpoints),
+        tracker,
+    )
+    save_hf(learner.model, run_dir.exported, groups, config.layout, config.model.path)
+    publisher.close()
+    tracker.close()
+    parallel.shutdown()
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return None
+
+
+if __name__ == "__main__":  # checkpoint writers start processes which import this module again
+    lifeline.tie_to_parent()
+    here = RunDir(Path(sys.argv[1]))
+    try:
+        run(here)
+    except Exception as failure:
+        here.report_failure("trainer", failure)
+        raise

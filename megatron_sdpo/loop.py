@@ -1,0 +1,141 @@
+"""SDPO on one page.
+
+::
+
+    coordinator, make_batch                          trainer ranks, train
+    ─────────────────────────────────────            ─────────────────────────────────────────────
+    prompts                                          student forward: old log-probs, top-K support
+      │  attempts by the engines (weights v)           │  teacher forward at that support:
+      │  verdicts: reward and words                    │    the same model's EMA, reading feedback
+      │  journalled, then                              │  training passes: divergence, AdamW
+      │  teacher contexts: a sibling's success,        │  EMA teacher follows
+      ▼    or else the feedback                        ▼
+    batch v ───────────────────────────────────────► weights v + 1 ──► engines (published, checked)
+
+The two functions run in different processes; ``batch v`` crosses between them (rollout/wire.py). With
+``rollout.max_staleness`` n the coordinator may be n batches ahead, with 0 the two take turns.
+GRPO and plain next-token training are the same loop: their learner has less to score.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from megatron_sdpo.chat import Chat
+from megatron_sdpo.config import Config
+from megatron_sdpo.rollout.journal import Journal, JournalError
+from megatron_sdpo.rollout.prompts import PromptStream
+from megatron_sdpo.rollout.sampler import Asked, Sampler
+from megatron_sdpo.teacher_context import build_contexts
+from megatron_sdpo.types import Batch, BatchSource, Checkpoints, Group, MetricsLog, Sample
+
+if TYPE_CHECKING:  # the coordinator runs make_batch without torch
+    from megatron_sdpo.mcore.learner import Learner
+    from megatron_sdpo.reshard.publish import Publisher
+
+
+async def make_batch(
+    step: int, config: Config, prompts: PromptStream, sampler: Sampler, journal: Journal, tokens: Chat
+) -> Batch:
+    """Attempts at the step's questions, judged, journalled, and given a teacher context each."""
+    questions_P = prompts.at(step)
+    groups = journal.groups(step)  # finished before an interruption: used, never sampled again
+    _check_same_questions(groups, [question.id for question in questions_P])
+    asked = [
+        Asked(step, slot, question, config.rollout.attempts_per_prompt, config.rollout.temperature)
+        for slot, question in enumerate(questions_P)
+        if slot not in groups
+    ]
+    sampled, seconds = await sampler.groups(asked, finished=journal.append)
+    groups |= {group.slot: group for group in sampled}
+    samples: list[Sample] = []
+    counts: Counter[str] = Counter()
+    for _, group in sorted(groups.items()):
+        contexts, counted = build_contexts(group, config.teacher_context, tokens, config.seed)
+        counts.update(counted)
+        for index, (attempt, verdict, context) in enumerate(
+            zip(group.attempts, group.verdicts, contexts, strict=True)
+        ):
+            samples.append(
+                Sample(
+                    id=f"{step}/{group.slot}/{index}",
+                    group=group.slot,
+                    prompt_ids=attempt.prompt_ids,
+                    response_ids=attempt.response_ids,
+                    engine_log_probs=attempt.engine_log_probs,
+                    teacher_prompt_ids=context.prompt_ids,
+                    reward=verdict.reward,
+                )
+            )
+    shares = {key: count / len(samples) for key, count in counts.items()}
+    metrics = {**_rollout_metrics(step, list(groups.values())), **shares, **seconds}
+    return Batch(step, tuple(samples), metrics, prompts.cursor_after(step))
+
+
+def train(
+    config: Config,
+    source: BatchSource,
+    learner: "Learner",
+    publisher: "Publisher",
+    checkpoints: Checkpoints,
+    metrics_log: MetricsLog,
+) -> None:
+    """Every trainer rank runs this, in step with the others, from ``learner.step`` to ``config.steps``."""
+    publisher.publish(learner.step)  # the engines never sample from unknown weights
+    source.published(learner.step)
+    if learner.step == 0 and _evaluated(config, 0):
+        metrics_log.log(0, source.evaluate(0).metrics)
+    while learner.step < config.steps:
+        seconds: dict[str, float] = {}
+        with _phase("step", seconds):
+            with _phase("wait", seconds):
+                batch = source.batch(learner.step)
+            with _phase("score_student", seconds):
+                student = learner.score_student(batch)
+            with _phase("score_teacher", seconds):
+                teacher = learner.score_teacher(batch, student)
+            with _phase("train", seconds):
+                stats = learner.train(batch, student, teacher)
+                learner.update_teacher()
+            with _phase("sync", seconds):
+                synced = publisher.publish(learner.step)
+                source.published(learner.step)
+        with _phase("checkpoint", seconds):
+            checkpoints.save_if_due(batch.cursor)
+        evaluated = source.evaluate(learner.step).metrics if _evaluated(config, learner.step) else {}
+        metrics_log.log(learner.step, {**batch.metrics, **stats, **synced, **evaluated, **seconds})
+
+
+def _evaluated(config: Config, version: int) -> bool:
+    every = config.evaluation.every
+    return every > 0 and (version % every == 0 or version == config.steps)
+
+
+@contextmanager
+def _phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[f"time/{name}"] = time.perf_counter() - began
+
+
+def _check_same_questions(groups: dict[int, Group], ids_P: Sequence[str]) -> None:
+    for slot, group in groups.items():
+        if slot >= len(ids_P) or group.question.id != ids_P[slot]:
+            raise JournalError(
+                f"the journal of step {group.step} answers {group.question.id!r} at slot {slot}, which this run does"
+                " not ask; the run directory belongs to another task, seed or batch size, use a new one"
+            )
+
+
+def _rollout_metrics(step: int, groups: Sequence[Group]) -> dict[str, float]:
+    attempts = [attempt for group in groups for attempt in group.attempts]
+    rewards = [[verdict.reward for verdict in group.verdicts] for group in groups]
+    return {
+        "rollout/response_tokens": sum(len(a.response_ids) for a in attempts) / len(attempts),
+        "rollout/cut_share": sum(a.finish == "length" for a in attempts) / len(attempts),
+        "rollout/staleness": sum(step - a.weight_version for a in attempts) / len(attempts),
+        "verdict/reward": sum(map(sum, rewards)) / len(attempts),
+        "verdict/solved_questions": sum(max(r) > 0 for r in rewards) / len(groups),
+    }

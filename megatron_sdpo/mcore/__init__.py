@@ -1,0 +1,17 @@
+"""The only importer of megatron.core: the model, its process groups, its weights.
+
+===============  ==========================================================================
+platform.py      Megatron's spelled-out "cuda" redirected to the CPU where there is no GPU
+groups.py        process groups of a layout, as a frozen record that travels as an argument
+modules.py       packed rows, and the CPU layer modules: RMSNorm, rotary and causal attention
+model.py         Hugging Face config -> Megatron config -> one pipeline stage of the model
+names.py         pure: Hugging Face names <-> Megatron parameters and their shards; no megatron
+hf.py            Hugging Face checkpoints into the local shard, and back to disk
+===============  ==========================================================================
+
+The redirection happens here, before any submodule can import megatron.
+"""
+
+from megatron_sdpo.mcore import platform
+
+platform.redirect_torch()

@@ -1,0 +1,140 @@
+"""Sharded checkpoints of everything that training depends on, written and found atomically.
+
+``checkpoints/step-00000012/`` appears by rename only when it is complete, so whatever has that name
+can be loaded; the newest one is where a run resumes.
+"""
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as megatron_groups
+from megatron.core.dist_checkpointing import ShardedObject
+
+from megatron_sdpo.config import ConfigError
+from megatron_sdpo.mcore.learner import Learner
+from megatron_sdpo.mcore.model import HiddenStatesModel
+
+_NAME = re.compile(r"step-(\d{8})$")
+_TEMPORARY = ".writing"
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """What a loaded checkpoint says besides tensors. Example: ``Resumed(step=12, cursor=192)``"""
+
+    step: int
+    cursor: int
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(m[1]) for path in folder.iterdir() if (m := _NAME.match(path.name)))
+
+
+def save(learner: Learner, folder: Path, cursor: int, keep: int) -> Path:
+    """Write ``step-N`` from all ranks, then delete all but the newest ``keep``. Blocks until the files are complete."""
+    final = folder / f"step-{learner.step:08d}"
+    temporary = final.with_name(final.name + _TEMPORARY)
+    _on_first_rank(learner, lambda: _fresh(temporary))
+    state = _tensors(learner, loading=False)
+    state["progress"] = {"step": learner.step, "cursor": cursor}
+    dist_checkpointing.save(state, str(temporary))
+
+    def finish() -> None:
+        shutil.rmtree(final, ignore_errors=True)  # written again after a resume from an older one
+        temporary.rename(final)
+        for step in steps(folder)[:-keep]:
+            shutil.rmtree(folder / f"step-{step:08d}")
+
+    _on_first_rank(learner, finish)
+    return final
+
+
+def load_latest(learner: Learner, folder: Path) -> Resumed | None:
+    """Load the newest complete checkpoint into model, optimizer, teacher and generators; None when there is none."""
+    found = steps(folder)
+    if not found:
+        return None
+    path = folder / f"step-{found[-1]:08d}"
+    template = _tensors(learner, loading=True)
+    state = dist_checkpointing.load(template, str(path))
+    with torch.no_grad():
+        learner.model.load_state_dict(state["model"])
+        if "teacher" in state:
+            for (name, _), weight in zip(learner.model.named_parameters(), learner.teacher.tensors, strict=True):
+                weight.copy_(state["teacher"][name])
+        learner.optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    progress = Resumed(**state["progress"])
+    learner.step = progress.step
+    return progress
+
+
+def find(folder: Path, step: int | None) -> Path:
+    """The checkpoint of a step, or the newest; ConfigError when it is not there."""
+    found = steps(folder)
+    if not found or (step is not None and step not in found):
+        there = ", ".join(map(str, found)) or "none"
+        raise ConfigError(f"{folder} has no complete checkpoint of step {step or 'any'}; there are: {there}")
+    return folder / f"step-{found[-1] if step is None else step:08d}"
+
+
+def load_model(model: HiddenStatesModel, path: Path) -> None:
+    """Only the weights of the student, from a checkpoint written under any layout."""
+    state = dist_checkpointing.load({"model": model.sharded_state_dict(prefix="", metadata=_metadata())}, str(path))
+    with torch.no_grad():
+        model.load_state_dict(state["model"])
+
+
+def save_model(model: HiddenStatesModel, path: Path) -> None:
+    """Only the weights, into a new directory that appears complete or not at all."""
+    temporary = path.with_name(path.name + _TEMPORARY)
+    _fresh(temporary)
+    dist_checkpointing.save({"model": model.sharded_state_dict(prefix="", metadata=_metadata())}, str(temporary))
+    temporary.rename(path)
+
+
+def _metadata() -> dict[str, Any]:
+    return {"dp_cp_group": megatron_groups.get_data_parallel_group(with_context_parallel=True)}
+
+
+def _tensors(learner: Learner, loading: bool) -> dict[str, Any]:
+    """The sharded state: the template of a load and the content of a save."""
+    metadata = _metadata()
+    state: dict[str, Any] = {"model": learner.model.sharded_state_dict(prefix="", metadata=metadata)}
+    state["optimizer"] = learner.optimizer.sharded_state_dict(state, is_loading=loading)
+    if learner.teacher.tensors:
+        state["teacher"] = _teacher_shards(learner, metadata)
+    groups = learner.groups
+    state["rng"] = ShardedObject("rng", torch.get_rng_state(), (groups.world_size,), (groups.rank,))
+    return state
+
+
+def _teacher_shards(learner: Learner, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The fp32 teacher weights, cut as the model's parameters are, under keys of their own."""
+    shards = learner.model.sharded_state_dict(prefix="teacher.", metadata=metadata)
+    parameters = [name for name, _ in learner.model.named_parameters()]
+    for name, weight in zip(parameters, learner.teacher.tensors, strict=True):
+        shards[f"teacher.{name}"].data = weight
+        shards[f"teacher.{name}"].dtype = weight.dtype
+    return {name: shards[f"teacher.{name}"] for name in parameters}
+
+
+def _fresh(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _on_first_rank(learner: Learner, action: Callable[[], None]) -> None:
+    if learner.groups.rank == 0:
+        action()
+    dist.barrier(group=learner.groups.world)

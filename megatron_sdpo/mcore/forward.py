@@ -1,0 +1,85 @@
+"""Megatron's pipeline schedule, called with packed micro-batches: scoring passes and training passes.
+
+``on_logits`` receives the vocabulary shard of the logits at response positions only; prompts never
+meet the head. It runs on the last stage, on every tensor rank alike.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_sdpo.batching import MicroBatch
+from megatron_sdpo.mcore.model import HiddenStatesModel
+from megatron_sdpo.mcore.modules import packed_rows
+
+R = TypeVar("R")
+
+
+@torch.no_grad()
+def score(
+    model: HiddenStatesModel, micro_batches: Sequence[MicroBatch], on_logits: Callable[[MicroBatch, Tensor], R]
+) -> list[R]:
+    """Forward only: ``on_logits(micro_batch, logits_NV)`` for each micro-batch, in order; [] before the last stage."""
+
+    def collect(micro_batch: MicroBatch, hidden_T1H: Tensor, non_loss_data: bool = True) -> R:
+        return on_logits(micro_batch, _logits(model, micro_batch, hidden_T1H))
+
+    return _run(model, model, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
+
+
+def forward_backward(
+    wrapped: torch.nn.Module,
+    model: HiddenStatesModel,
+    micro_batches: Sequence[MicroBatch],
+    on_logits: Callable[[MicroBatch, Tensor], tuple[Tensor, R]],
+) -> list[R]:
+    """Forward and backward of the plain sum of the losses; gradients arrive in ``wrapped`` (Megatron's DDP).
+
+    ``on_logits(micro_batch, logits_NV) -> (loss, anything)``; the anythings come back, [] before the last stage.
+    Losses must already carry their global denominators: nothing is averaged here.
+    """
+
+    def loss_func(micro_batch: MicroBatch, hidden_T1H: Tensor) -> tuple[Tensor, Tensor, R]:
+        loss, report = on_logits(micro_batch, _logits(model, micro_batch, hidden_T1H))
+        # Megatron divides by the sum of this count unless it is zero (calculate_per_token_loss): zero keeps plain sums.
+        return loss, torch.zeros((), dtype=torch.int, device=loss.device), report
+
+    return _run(wrapped, model, micro_batches, loss_func, forward_only=False)
+
+
+def _logits(model: HiddenStatesModel, micro_batch: MicroBatch, hidden_T1H: Tensor) -> Tensor:
+    return model.logits(hidden_T1H[:, 0].index_select(0, micro_batch.rows_N))
+
+
+def _run(
+    scheduled: torch.nn.Module,
+    model: HiddenStatesModel,
+    micro_batches: Sequence[MicroBatch],
+    loss_func: Callable[..., Any],
+    forward_only: bool,
+    **options: Any,
+) -> list[Any]:
+    def step(batches: Any, module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        micro_batch = next(batches)
+        hidden_T1H = module(
+            micro_batch.ids_T[None],
+            micro_batch.positions_T[None],
+            None,
+            packed_seq_params=packed_rows(micro_batch.lengths, micro_batch.ids_T.device),
+        )
+        return hidden_T1H, partial(loss_func, micro_batch)
+
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(micro_batches),
+        model=scheduled,
+        num_microbatches=len(micro_batches),
+        seq_length=max(len(m.ids_T) for m in micro_batches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+        **options,
+    )

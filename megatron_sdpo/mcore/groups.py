@@ -1,0 +1,128 @@
+"""Process groups of a layout. Built once, then passed as an argument: Megatron's global getters stay here."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import ProcessGroup
+
+from megatron_sdpo.config import ConfigError, LayoutConfig
+from megatron_sdpo.mcore import platform
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelGroups:
+    """Where this rank stands. Ranks count within their group; ``rank`` counts in the world.
+
+    Example: of 8 ranks with tensor 2, pipeline 2, rank 5 is tensor rank 1 of data rank 0 of the last stage.
+    """
+
+    world: ProcessGroup
+    tensor: ProcessGroup
+    """Ranks that hold slices of the same layers for the same rows."""
+    pipeline: ProcessGroup
+    """One rank of each stage."""
+    data: ProcessGroup
+    """Ranks with the same weights and different rows."""
+    model_parallel: ProcessGroup
+    """All ranks (tensor x pipeline) that hold one copy of the weights."""
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    last_stage_rank: int
+    """World rank of the last stage in this rank's pipeline group."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    def rank_of(self, tensor: int, pipeline: int, data: int = 0) -> int:
+        """World rank at a position; Megatron counts tensor fastest, then data, then pipeline."""
+        return tensor + self.tensor_size * (data + self.data_size * pipeline)
+
+
+def initialize(layout: LayoutConfig, seed: int, timeout_s: float) -> ParallelGroups:
+    """Start torch.distributed (from torchrun's environment, or alone) and cut the world by ``layout``.
+
+    ``timeout_s`` bounds every collective. The seed drives dropout and fresh weights; it differs by tensor rank
+    where Megatron wants it to. Raises ConfigError when the world has another size than the layout.
+    """
+    platform.redirect_megatron()
+    _start_world(layout, timeout_s)
+    parallel_state.initialize_model_parallel(
+        layout.tensor_parallel,
+        layout.pipeline_parallel,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)  # without a GPU the line before moved the one generator there is
+    groups = _groups()
+    here = groups.rank_of(groups.tensor_rank, groups.pipeline_rank, groups.data_rank)
+    if here != groups.rank:
+        raise RuntimeError(f"megatron placed rank {groups.rank} where this package expects rank {here}")
+    return groups
+
+
+def shutdown() -> None:
+    """Forget the groups and leave torch.distributed; safe to call twice."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _start_world(layout: LayoutConfig, timeout_s: float) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_s)
+        if "RANK" in os.environ:
+            dist.init_process_group(platform.backend(), timeout=timeout)
+        else:
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(platform.backend(), store=store, rank=0, world_size=1, timeout=timeout)
+    size = dist.get_world_size()
+    if size != layout.world_size:
+        dist.destroy_process_group()
+        raise ConfigError(
+            f"layout.world_size is {layout.world_size} but {size} trainer ranks were started;"
+            f" start them with torchrun --nproc-per-node or set layout.world_size={size}"
+        )
+
+
+def _groups() -> ParallelGroups:
+    world = dist.group.WORLD
+    assert world is not None, "torch.distributed is not initialised"
+    tensor: Any = parallel_state.get_tensor_model_parallel_group()
+    pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
+    data: Any = parallel_state.get_data_parallel_group()
+    model_parallel: Any = parallel_state.get_model_parallel_group()
+    return ParallelGroups(
+        world=world,
+        tensor=tensor,
+        pipeline=pipeline,
+        data=data,
+        model_parallel=model_parallel,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=tensor.rank(),
+        tensor_size=tensor.size(),
+        pipeline_rank=pipeline.rank(),
+        pipeline_size=pipeline.size(),
+        data_rank=data.rank(),
+        data_size=data.size(),
+        last_stage_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
+    )

@@ -1,0 +1,256 @@
+"""Hugging Face checkpoints: into each rank's shard, reading only its slices, and back to one directory."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_sdpo.config import ConfigError, LayoutConfig
+from megatron_sdpo.mcore import names, platform
+from megatron_sdpo.mcore.groups import ParallelGroups
+from megatron_sdpo.mcore.model import read_hf_config
+
+_INDEX = "model.safetensors.index.json"
+_SHARD_BYTES = 4 << 30
+# Besides the weights and config.json, an exported directory has these when its source has them.
+_COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"),
+    *("generation_config.json", "LICENSE*"),
+)
+
+
+class DiskTensor:
+    """A tensor in a safetensors file, read slice by slice."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self.shape = tuple(handle.get_shape())
+
+    def __getitem__(self, slices: Any, /) -> Tensor:
+        return self._handle[slices]
+
+
+class HfCheckpoint(Mapping[str, DiskTensor]):
+    """The tensors of a checkpoint directory by name, left on disk. A context manager.
+
+    Tensors that a model of this config derives or shares are not listed: old rotary ``inv_freq`` buffers, and the
+    head beside a tied embedding (which must then equal it).
+    """
+
+    def __init__(self, path: str | Path, hf_config: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        where = _files_by_tensor(self.path)
+        self._where = {name: file for name, file in where.items() if not name.endswith("rotary_emb.inv_freq")}
+        if hf_config.get("tie_word_embeddings"):
+            self._drop_tied_head()
+
+    def __enter__(self) -> "HfCheckpoint":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._files.clear()
+        self._stack.close()
+
+    def __getitem__(self, name: str) -> DiskTensor:
+        return DiskTensor(self._open(name).get_slice(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def _open(self, name: str) -> Any:
+        file = self._where[name]
+        if file not in self._files:
+            self._files[file] = self._stack.enter_context(safe_open(self.path / file, framework="pt"))
+        return self._files[file]
+
+    def _drop_tied_head(self) -> None:
+        if "lm_head.weight" not in self._where:
+            return
+        head, embedding = (self._open(n).get_tensor(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
+        if not torch.equal(head, embedding):
+            raise ConfigError(
+                f"{self.path} says tie_word_embeddings but its lm_head.weight differs from its embedding;"
+                " set tie_word_embeddings to false in its config.json"
+            )
+        del self._where["lm_head.weight"]
+
+
+def load_hf(model: torch.nn.Module, path: str | Path, groups: ParallelGroups, layout: LayoutConfig) -> None:
+    """Fill every parameter of this rank's stage from a checkpoint directory, cast to the parameter's dtype.
+
+    Reads only this rank's slices. Raises ValueError that names a tensor which is unknown, missing or of another
+    shape than the config says, and ConfigError for a config that is not supported.
+    """
+    hf_config = read_hf_config(path)
+    stage = names.stage_parameters(
+        hf_config, stage_layers(hf_config, layout, groups.pipeline_rank), groups.is_first_stage, groups.is_last_stage
+    )
+    targets = canonical_parameters(model)
+    if targets.keys() != stage.keys():
+        wrong = min(targets.keys() ^ stage.keys())
+        raise ValueError(f"the model and the checkpoint {path} disagree on the parameter {wrong!r}")
+    with HfCheckpoint(path, hf_config) as checkpoint, torch.no_grad():
+        names.check_names(checkpoint, hf_config)
+        for local, tensors in stage.items():
+            shard = names.read_shard(checkpoint, tensors, hf_config, groups.tensor_rank, groups.tensor_size)
+            if shard.shape != targets[local].shape:
+                raise ValueError(f"{path} gives {local} the shape {tuple(shard.shape)}, the model has another")
+            targets[local].copy_(shard)
+
+
+def save_hf(
+    model: torch.nn.Module,
+    path: str | Path,
+    groups: ParallelGroups,
+    layout: LayoutConfig,
+    source_dir: str | Path,
+    shard_bytes: int = _SHARD_BYTES,
+) -> None:
+    """Write the whole model as a Hugging Face directory, from rank 0; every rank must call this.
+
+    Weights keep the model's dtype; config.json (with that dtype) and tokenizer files come from ``source_dir``. The
+    directory appears complete or not at all; an earlier one at ``path`` is replaced. Rank 0 holds one tensor and up
+    to ``shard_bytes`` of finished ones at a time.
+    """
+    hf_config = read_hf_config(source_dir)
+    tensors = _gathered(model, hf_config, groups, layout)
+    if groups.rank == 0:
+        _write(tensors, Path(path), Path(source_dir), shard_bytes)
+    else:
+        for _ in tensors:  # nothing is yielded here: this rank only sends
+            raise AssertionError("only rank 0 receives")
+    dist.barrier(group=groups.world)
+
+
+def stage_layers(hf_config: Mapping[str, Any], layout: LayoutConfig, stage: int) -> range:
+    """The layers (numbers of the whole model) of a pipeline stage."""
+    per_stage = hf_config["num_hidden_layers"] // layout.pipeline_parallel
+    return range(stage * per_stage, (stage + 1) * per_stage)
+
+
+def canonical_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a stage under the local names of names.py, whichever layer spec built it."""
+    return {names.canonical(name): parameter for name, parameter in model.named_parameters()}
+
+
+def _gathered(
+    model: torch.nn.Module, hf_config: Mapping[str, Any], groups: ParallelGroups, layout: LayoutConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Rank 0 yields every (HF name, whole tensor); the other ranks of the first model copy send their shards.
+
+    Point to point with contiguous tensors: gloo's scatter and gather go wrong, silently, with others.
+    """
+    if groups.data_rank != 0:
+        return
+    own = canonical_parameters(model)
+    for stage in range(groups.pipeline_size):
+        layers = stage_layers(hf_config, layout, stage)
+        table = names.stage_parameters(hf_config, layers, stage == 0, stage == groups.pipeline_size - 1)
+        for local, tensors in table.items():
+            if tensors[0].stage(groups.pipeline_size) != stage:
+                continue  # the last stage's copy of a tied embedding
+            mine = own[local].detach() if groups.pipeline_rank == stage else None
+            shards = _to_rank_0(mine, tensors, stage, groups, next(model.parameters()).dtype)
+            if groups.rank == 0:
+                pieces: list[list[Tensor]] = [names.split(tensors, shard, hf_config) for shard in shards]
+                for tensor, whole in zip(tensors, zip(*pieces, strict=True), strict=True):
+                    yield tensor.name, whole[0] if tensor.tp_axis is None else torch.cat(whole, tensor.tp_axis)
+
+
+def _to_rank_0(
+    mine: Tensor | None, tensors: tuple[names.HfTensor, ...], stage: int, groups: ParallelGroups, dtype: torch.dtype
+) -> list[Tensor]:
+    """All tensor ranks' shards of one parameter, on rank 0 (one shard if it is replicated); [] on other ranks."""
+    holders = range(groups.tensor_size if tensors[0].tp_axis is not None else 1)
+    shards = []
+    for tensor_rank in holders:
+        source = groups.rank_of(tensor_rank, stage)
+        if source == groups.rank == 0:
+            assert mine is not None
+            shards.append(mine)
+        elif groups.rank == 0:
+            shape = names.local_shape(tensors, groups.tensor_size)
+            buffer = torch.empty(shape, dtype=dtype, device=platform.device())
+            dist.recv(buffer, source, group=groups.world)
+            shards.append(buffer)
+        elif groups.rank == source:
+            assert mine is not None
+            dist.send(mine.contiguous(), 0, group=groups.world)
+    return shards
+
+
+def _write(tensors: Iterator[tuple[str, Tensor]], path: Path, source: Path, shard_bytes: int) -> None:
+    """Everything into a directory beside ``path``, which then takes its place."""
+    building, old = (path.with_name(f".{path.name}.{what}") for what in ("building", "old"))
+    for leftover in (building, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    building.mkdir(parents=True)
+    dtype = _write_weights(tensors, building, shard_bytes)
+    config = json.loads((source / "config.json").read_text())
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, building / file.name)
+    if path.exists():
+        os.rename(path, old)
+    os.rename(building, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> torch.dtype:
+    """One model.safetensors, or numbered files and their index when there is more than ``shard_bytes``."""
+    files: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total, dtype = 0, torch.float32
+
+    def flush() -> None:
+        if pending:
+            save_file(pending, folder / f"part-{len(files)}", metadata={"format": "pt"})
+            files.append(list(pending))
+            pending.clear()
+
+    for name, tensor in tensors:
+        pending[name] = tensor.contiguous().cpu()
+        total, dtype = total + tensor.nbytes, tensor.dtype
+        if sum(t.nbytes for t in pending.values()) >= shard_bytes:
+            flush()
+    flush()
+    if len(files) == 1:
+        os.rename(folder / "part-0", folder / "model.safetensors")
+        return dtype
+    weight_map = {}
+    for i, contents in enumerate(files):
+        file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        os.rename(folder / f"part-{i}", folder / file)
+        weight_map |= dict.fromkeys(contents, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return dtype
+
+
+def _files_by_tensor(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index or else from the one or more files there are."""
+    if (path / _INDEX).is_file():
+        return json.loads((path / _INDEX).read_text())["weight_map"]
+    where: dict[str, str] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as handle:
+            where |= dict.fromkeys(handle.keys(), file.name)
+    if not where:
+        raise ConfigError(f"{path} has no *.safetensors file; set model.path to a complete checkpoint")
+    return where

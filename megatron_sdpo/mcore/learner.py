@@ -1,0 +1,269 @@
+"""The trainer's handle on the model: score, train, teach, probe. One per rank; all ranks call in step.
+
+What the scoring passes find stays on the rank that needs it (last stage, same data rank), keyed by
+the sample's position in the batch; see ``batching.assign``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_sdpo import batching, objective
+from megatron_sdpo.batching import MicroBatch, View
+from megatron_sdpo.config import Config
+from megatron_sdpo.divergence import sampled_log_probs, student_support, support_log_probs
+from megatron_sdpo.mcore import optimizer as optim
+from megatron_sdpo.mcore import platform
+from megatron_sdpo.mcore.forward import forward_backward, score
+from megatron_sdpo.mcore.groups import ParallelGroups
+from megatron_sdpo.mcore.hf import load_hf
+from megatron_sdpo.mcore.model import build_model, read_hf_config
+from megatron_sdpo.teacher import TeacherWeights
+from megatron_sdpo.types import Batch, Sample
+
+
+_TOTAL = "loss/total"
+"""The weighted sum that is minimised: already whole, not to be divided by tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class StudentScores:
+    """Per sample position, on the last stage: ``old_log_probs`` fp32 ``[R]``, ``support_ids`` int64 ``[R, K]`` (SDPO only)."""
+
+    old_log_probs: dict[int, Tensor]
+    support_ids: dict[int, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherScores:
+    """Per sample position, on the last stage: fp32 ``[R, K + 1]``, log-probs at the student's support and of the tail."""
+
+    log_probs: dict[int, Tensor]
+
+
+class Learner:
+    """Model, optimizer and teacher of one rank. ``step`` is the version of the weights: generation batches trained on."""
+
+    def __init__(self, config: Config, groups: ParallelGroups) -> None:
+        self.config, self.groups = config, groups
+        self.device = platform.device()
+        self.hf_config = read_hf_config(config.model.path)
+        self.model = build_model(self.hf_config, config.layout, groups, getattr(torch, config.model.dtype))
+        load_hf(self.model, config.model.path, groups, config.layout)
+        self.ddp, self.optimizer = optim.wrap(self.model, config.optim)
+        self.teacher = TeacherWeights(
+            optim.masters(self.model), config.teacher.kind, config.teacher.update_rate
+        )
+        self.step = 0
+
+    def score_student(self, batch: Batch) -> StudentScores:
+        """Forward only: log-probs of the sampled tokens before this batch's first step, and the top-K support.
+
+        Plain next-token training needs neither and runs nothing.
+        """
+        if self.config.objective.kind == "next_token":
+            return StudentScores({}, {})
+        sdpo = self.config.objective.kind == "sdpo"
+
+        def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+            logits_NV = self._tempered(logits_NV)
+            old_N = sampled_log_probs(logits_NV, micro_batch.response_ids_N, self.groups.tensor)
+            if not sdpo:
+                return micro_batch.split(old_N), {}
+            ids_NK = student_support(logits_NV, self.config.objective.top_k, self.groups.tensor)
+            return micro_batch.split(old_N), micro_batch.split(ids_NK)
+
+        found = score(self.model, self._cut(batch.samples, self._shares(batch), "student"), on_logits)
+        return StudentScores(_merge(old for old, _ in found), _merge(ids for _, ids in found))
+
+    def score_teacher(self, batch: Batch, student: StudentScores) -> TeacherScores:
+        """Forward only, under the teacher's weights and contexts: log-probs at the student's support."""
+        if self.config.objective.kind != "sdpo":
+            return TeacherScores({})
+        shares = [[i for i in share if _taught(batch.samples[i])] for share in self._shares(batch)]
+        if not any(shares):
+            return TeacherScores({})
+
+        def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> dict[int, Tensor]:
+            ids_NK = micro_batch.join(student.support_ids, self._none(self.config.objective.top_k, dtype=torch.int64))
+            log_probs_NK1 = support_log_probs(self._tempered(logits_NV), ids_NK, self.groups.tensor, with_tail=True)
+            return micro_batch.split(log_probs_NK1)
+
+        with self.teacher.swapped_in(list(self.model.parameters())):
+            return TeacherScores(_merge(score(self.model, self._cut(batch.samples, shares, "teacher"), on_logits)))
+
+    def train(self, batch: Batch, student: StudentScores, teacher: TeacherScores) -> dict[str, float]:
+        """One optimizer step per mini-batch; metrics are means over them. Advances ``step``."""
+        rate = optim.learning_rate(self.config.optim, self.step, self.config.steps)
+        optim.set_learning_rate(self.optimizer, rate)
+        mini_batches = self._mini_batches(batch)
+        totals: dict[str, float] = {}
+        for chosen in mini_batches:
+            metrics = self._optimizer_step(batch.samples, chosen, student, teacher)
+            for key, value in metrics.items():
+                totals[key] = totals.get(key, 0.0) + value / len(mini_batches)
+        self.step += 1
+        return {**totals, "optim/lr": rate}
+
+    def update_teacher(self) -> None:
+        """Once per generation batch."""
+        self.teacher.update(optim.masters(self.model))
+
+    def log_probs(self, ids: Sequence[int]) -> list[float]:
+        """Natural log-probs of ``ids[1:]``, each given those before it, under the current weights; on every rank."""
+        probe = batching.pack([(0, ids[:1], ids[1:])], self.device)
+
+        def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> list[float]:
+            return sampled_log_probs(logits_NV, micro_batch.response_ids_N, self.groups.tensor).tolist()
+
+        found = score(self.model, [probe], on_logits)
+        return self._from_last_stage(found[0] if found else None)
+
+    def _optimizer_step(
+        self, samples: Sequence[Sample], chosen: Sequence[int], student: StudentScores, teacher: TeacherScores
+    ) -> dict[str, float]:
+        objective_config = self.config.objective
+        weights = self._weights(samples, chosen)
+        advantages = objective.advantages(
+            [s.reward for s in samples], [s.group for s in samples], objective_config.advantage_std
+        )
+
+        def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            targets = self._targets(micro_batch, samples, weights, advantages, student, teacher)
+            loss, metrics = objective.loss(self._tempered(logits_NV), targets, objective_config, self.groups.tensor)
+            return loss, {**metrics, _TOTAL: loss.detach()}
+
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        shares = batching.assign(_costs(samples), chosen, self.groups.data_size)
+        reports = forward_backward(self.ddp, self.model, self._cut(samples, shares, "student"), on_logits)
+        _, grad_norm, _ = self.optimizer.step()
+        return {**self._reduce(reports), "optim/grad_norm": float(grad_norm)}
+
+    def _weights(self, samples: Sequence[Sample], chosen: Sequence[int]) -> list[float]:
+        """Loss weight of each response token of each sample, from counts over the whole mini-batch."""
+        has_target = [self.config.objective.kind != "sdpo" or _taught(samples[i]) for i in chosen]
+        lengths = [len(samples[i].response_ids) for i in chosen]
+        weights = [0.0] * len(samples)
+        for i, weight in zip(chosen, objective.token_weights(lengths, has_target, self.config.objective), strict=True):
+            weights[i] = weight
+        return weights
+
+    def _targets(
+        self,
+        micro_batch: MicroBatch,
+        samples: Sequence[Sample],
+        weights: Sequence[float],
+        advantages: Sequence[float],
+        student: StudentScores,
+        teacher: TeacherScores,
+    ) -> objective.TokenTargets:
+        kind = self.config.objective.kind
+        targets = objective.TokenTargets(
+            response_ids_T=micro_batch.response_ids_N, weights_T=micro_batch.spread(weights).to(self.device)
+        )
+        if kind == "next_token":
+            return targets
+        engine = {i: torch.tensor(samples[i].engine_log_probs, device=self.device) for i in micro_batch.samples}
+        targets = replace(
+            targets,
+            old_log_probs_T=micro_batch.join(student.old_log_probs, self._none()),
+            engine_log_probs_T=micro_batch.join(engine, self._none()),
+        )
+        if kind == "grpo":
+            return replace(targets, advantages_T=micro_batch.spread(advantages).to(self.device))
+        top_k = self.config.objective.top_k
+        return replace(
+            targets,
+            support_ids_TK=micro_batch.join(student.support_ids, self._none(top_k, dtype=torch.int64)),
+            teacher_log_probs_TK=micro_batch.join(
+                self._teacher_rows(micro_batch, samples, teacher), self._none(top_k + 1)
+            ),
+        )
+
+    def _teacher_rows(
+        self, micro_batch: MicroBatch, samples: Sequence[Sample], teacher: TeacherScores
+    ) -> dict[int, Tensor]:
+        """``[R, K + 1]`` a sample; those without a teacher context have weight zero and get rows of zeros."""
+        columns = self.config.objective.top_k + 1
+        rows = {}
+        for i in micro_batch.samples:
+            if _taught(samples[i]) != (i in teacher.log_probs):
+                raise RuntimeError(f"sample {samples[i].id} and the teacher's scores do not belong together")
+            rows[i] = teacher.log_probs.get(i, self._none(columns).new_zeros(len(samples[i].response_ids), columns))
+        return rows
+
+    def _none(self, *columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What a padding micro-batch has instead of rows."""
+        return torch.empty(0, *columns, dtype=dtype, device=self.device)
+
+    def _mini_batches(self, batch: Batch) -> list[list[int]]:
+        count = min(self.config.optim.mini_batches, len(batch.samples))
+        return batching.deal(len(batch.samples), count, self.config.seed, batch.step)
+
+    def _shares(self, batch: Batch) -> list[list[int]]:
+        """Every data rank's samples: as the training passes deal them, so that scores are found where they are needed."""
+        costs = _costs(batch.samples)
+        dealt = [batching.assign(costs, chosen, self.groups.data_size) for chosen in self._mini_batches(batch)]
+        return [[i for shares in dealt for i in shares[rank]] for rank in range(self.groups.data_size)]
+
+    def _cut(self, samples: Sequence[Sample], shares: Sequence[Sequence[int]], view: View) -> list[MicroBatch]:
+        budget = self.config.layout.tokens_per_micro_batch
+        return batching.micro_batches(samples, shares, view, budget, self.groups.data_rank, self.device)
+
+    def _tempered(self, logits_NV: Tensor) -> Tensor:
+        """Both sides are compared as the distribution that was sampled from."""
+        temperature = self.config.rollout.temperature
+        return logits_NV if temperature == 1.0 else logits_NV / temperature
+
+    def _reduce(self, reports: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+        """Sums and maxima over micro-batches and data ranks; then per-token means, on every rank."""
+        reduced: dict[str, float] | None = None
+        if self.groups.is_last_stage:
+            keys = sorted({key for report in reports for key in report})
+            zero = torch.zeros((), device=self.device)
+            maxima = [key for key in keys if key.endswith("/max")]
+            sums = [key for key in keys if not key.endswith("/max")]
+            total = torch.stack([torch.stack([r.get(k, zero) for r in reports]).sum() for k in sums])
+            dist.all_reduce(total, group=self.groups.data)
+            by_key = dict(zip(sums, total.tolist(), strict=True))
+            tokens = max(by_key.get("loss/tokens", 0.0), 1.0)
+            reduced = {k: v if k in (_TOTAL, "loss/tokens") else v / tokens for k, v in by_key.items()}
+            if maxima:
+                largest = torch.stack([torch.stack([r.get(k, zero) for r in reports]).max() for k in maxima])
+                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.data)
+                reduced |= dict(zip(maxima, largest.tolist(), strict=True))
+        return self._from_last_stage(reduced)
+
+    def _from_last_stage(self, value: Any) -> Any:
+        """The value that the last stage has, on every rank of the pipeline group."""
+        if self.groups.pipeline_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=self.groups.last_stage_rank, group=self.groups.pipeline)
+        return box[0]
+
+
+def _taught(sample: Sample) -> bool:
+    return sample.teacher_prompt_ids is not None
+
+
+def _costs(samples: Sequence[Sample]) -> list[int]:
+    """Tokens that all passes read of each sample: score and train as student (4 forwards' worth), score as teacher."""
+    costs = []
+    for sample in samples:
+        student = len(sample.prompt_ids) + len(sample.response_ids)
+        teacher = len(sample.teacher_prompt_ids) + len(sample.response_ids) if sample.teacher_prompt_ids else 0
+        costs.append(4 * student + teacher)
+    return costs
+
+
+def _merge(parts: Any) -> dict[int, Tensor]:
+    merged: dict[int, Tensor] = {}
+    for part in parts:
+        merged |= part
+    return merged

@@ -1,0 +1,212 @@
+"""What is minimised: SDPO, GRPO and plain next-token loss, as pure functions of tensors.
+
+The loss of a mini-batch is one plain weighted sum over its response tokens,
+
+    L = sum_i w_i sum_t loss_it
+
+and everything about aggregation is in the weights, which ``token_weights`` makes once from the counts of
+the whole mini-batch. So any split into micro-batches, ranks or packings gives the same loss and the same
+gradient when their sums are added; nobody divides again.
+
+Two importance weights, both detached and both of the sampled token, multiply a token's loss:
+
+    policy drift      min(pi_theta / pi_old, policy_drift_clip)       SDPO only; GRPO clips the ratio itself
+    engine mismatch   min(pi_old / pi_engine, engine_mismatch_cap)
+
+``pi_old`` is the trainer's policy when the batch began, ``pi_engine`` the engine's at sampling.
+"""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_sdpo.config import ObjectiveConfig
+from megatron_sdpo.divergence import divergence, entropy, sampled_log_probs
+
+Metrics = dict[str, Tensor]
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are clamped to this before exp; e^20 is far beyond every cap in use."""
+
+STD_FLOOR = 1e-6
+"""Added to a group's standard deviation, which is zero when all rewards are equal."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTargets:
+    """What the T response positions of one micro-batch are trained towards, in the order of the logits' rows.
+
+    Float tensors are fp32, logs natural. Optional fields are None where the objective has no use for them;
+    ``old_log_probs_T`` None says that the policy has not moved since the batch began (one optimizer step
+    per batch), ``engine_log_probs_T`` None that no engine sampled this text.
+    """
+
+    response_ids_T: Tensor
+    """int64, the tokens that were sampled; these the logits of their rows predict."""
+    weights_T: Tensor
+    """The weight w_i of each token's sample, from ``token_weights``."""
+    old_log_probs_T: Tensor | None = None
+    engine_log_probs_T: Tensor | None = None
+    support_ids_TK: Tensor | None = None
+    """int64, SDPO: the student's top-K ids."""
+    teacher_log_probs_TK: Tensor | None = None
+    """SDPO: the teacher's log-probs at these ids, and in column K + 1 its tail if known."""
+    advantages_T: Tensor | None = None
+    """GRPO: the advantage of each token's sample."""
+
+    def rows(self, index: Tensor) -> "TokenTargets":
+        """The targets of some positions; ``index`` int64."""
+        present = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: x[index] for name, x in present.items() if x is not None})
+
+
+def token_weights(response_lengths: Sequence[int], has_target: Sequence[bool], config: ObjectiveConfig) -> list[float]:
+    """The weight of every response token of each sample, from the whole mini-batch.
+
+    ``has_target`` is False for a sample that must not train (SDPO: no teacher context); its weight is 0.
+    token_mean gives 1 / (tokens), sequence_mean 1 / (sequences * own tokens); which samples are counted in
+    the denominator says ``config.masked_in_denominator``. An empty response is a sequence without tokens.
+
+    Example: lengths 2 and 6, the second masked: token_mean [0.5, 0.0], sequence_mean [0.25, 0.0].
+    """
+    count_masked = config.masked_in_denominator
+    if count_masked is None:
+        count_masked = config.aggregation == "sequence_mean"
+    samples = list(zip(response_lengths, has_target, strict=True))
+    counted = [length for length, target in samples if target or count_masked]
+    tokens, sequences = sum(counted), len(counted)
+    return [
+        0.0
+        if not target or length == 0
+        else 1.0 / (tokens if config.aggregation == "token_mean" else sequences * length)
+        for length, target in samples
+    ]
+
+
+def advantages(rewards: Sequence[float], groups: Sequence[int], std: bool) -> list[float]:
+    """GRPO's advantage of each sample: its reward minus the mean of its group.
+
+    ``std`` also divides by the group's sample standard deviation. A group of one has advantage 0.
+
+    Example: rewards 1, 0, 0, 0 of one group: 0.75, -0.25, -0.25, -0.25.
+    """
+    members: defaultdict[int, list[float]] = defaultdict(list)
+    for reward, group in zip(rewards, groups, strict=True):
+        members[group].append(reward)
+    mean = {group: math.fsum(values) / len(values) for group, values in members.items()}
+    scale = dict.fromkeys(members, 1.0)
+    if std:
+        for group, values in members.items():
+            squares = math.fsum((value - mean[group]) ** 2 for value in values)
+            scale[group] = math.sqrt(squares / max(1, len(values) - 1)) + STD_FLOOR
+    return [(reward - mean[group]) / scale[group] for reward, group in zip(rewards, groups, strict=True)]
+
+
+def loss(
+    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Metrics]:
+    """Weighted sum of the token losses (fp32 scalar, gradient to ``logits_TV``), and metrics.
+
+    ``logits_TV`` [T, V] are the logits that predict ``targets.response_ids_T``, divided by the sampling
+    temperature; the vocabulary may be cut over ``group``. A token of weight zero is left out before
+    anything is computed, so it has no influence whatever its numbers are. T = 0 gives a zero that is
+    connected to the logits.
+
+    Metrics are detached fp32 scalars over the tokens of nonzero weight: a key that ends in ``/max`` is a
+    maximum, every other key a sum, which divided by ``loss/tokens`` is a mean over tokens. Keys are the
+    same for every micro-batch of a run. ``ValueError`` when ``targets`` lacks what the kind needs.
+    """
+    if logits_TV.shape[0] != targets.response_ids_T.shape[0]:
+        raise ValueError(f"{logits_TV.shape[0]} rows of logits but {targets.response_ids_T.shape[0]} response tokens")
+    if not bool(targets.weights_T.all()):
+        index_L = targets.weights_T.nonzero()[:, 0]
+        logits_TV, targets = logits_TV[index_L], targets.rows(index_L)
+    values_T, metrics = _TOKEN_LOSSES[config.kind](logits_TV, targets, config, group)
+    metrics["loss/tokens"] = torch.tensor(float(values_T.shape[0]), device=values_T.device)
+    metrics["loss/entropy"] = entropy(logits_TV, group).float().sum()
+    return (targets.weights_T * values_T).sum(), metrics
+
+
+def _sdpo(
+    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Metrics]:
+    """Divergence to the teacher times the importance weights."""
+    ids_TK = _needed(targets.support_ids_TK, "support_ids_TK", config)
+    teacher_TK = _needed(targets.teacher_log_probs_TK, "teacher_log_probs_TK", config)
+    divergence_T = divergence(logits_TV, ids_TK, teacher_TK, config.alpha, config.tail, group)
+    with torch.no_grad():
+        log_probs_T = sampled_log_probs(logits_TV, targets.response_ids_T, group)
+    old_T = log_probs_T if targets.old_log_probs_T is None else targets.old_log_probs_T
+    drift_T = _capped_ratio(log_probs_T, old_T, config.policy_drift_clip)
+    mismatch_T, metrics = _engine_mismatch(old_T, targets, config)
+    metrics |= _summary("loss/divergence", divergence_T) | _summary("loss/drift_weight", drift_T)
+    return divergence_T * drift_T * mismatch_T, metrics
+
+
+def _grpo(
+    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Metrics]:
+    """Clipped policy gradient: clip-higher, and dual clip for negative advantages."""
+    advantages_T = _needed(targets.advantages_T, "advantages_T", config)
+    log_probs_T = sampled_log_probs(logits_TV, targets.response_ids_T, group)
+    old_T = log_probs_T.detach() if targets.old_log_probs_T is None else targets.old_log_probs_T
+    ratio_T = _ratio(log_probs_T, old_T)
+    free_T = -advantages_T * ratio_T
+    clipped_T = -advantages_T * ratio_T.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
+    values_T = torch.maximum(free_T, clipped_T)
+    if config.dual_clip is not None:
+        bound_T = -advantages_T * config.dual_clip
+        values_T = torch.where(advantages_T < 0, torch.minimum(values_T, bound_T), values_T)
+    mismatch_T, metrics = _engine_mismatch(old_T, targets, config)
+    metrics |= _summary("loss/ratio", ratio_T)
+    metrics["loss/clipped"] = (values_T != free_T).float().sum()
+    return values_T * mismatch_T, metrics
+
+
+def _next_token(
+    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Metrics]:
+    """Cross entropy of the given tokens."""
+    values_T = -sampled_log_probs(logits_TV, targets.response_ids_T, group)
+    return values_T, _summary("loss/cross_entropy", values_T)
+
+
+_TOKEN_LOSSES = {"sdpo": _sdpo, "grpo": _grpo, "next_token": _next_token}
+
+
+def _engine_mismatch(old_T: Tensor, targets: TokenTargets, config: ObjectiveConfig) -> tuple[Tensor, Metrics]:
+    """Weight pi_old / pi_engine of each token, capped; and |log pi_old - log pi_engine| as a metric."""
+    engine_T = old_T if targets.engine_log_probs_T is None else targets.engine_log_probs_T
+    weight_T = _capped_ratio(old_T, engine_T, config.engine_mismatch_cap)
+    metrics = _summary("loss/mismatch", (old_T - engine_T).abs()) | _summary("loss/mismatch_weight", weight_T)
+    return weight_T, metrics
+
+
+def _ratio(log_a_T: Tensor, log_b_T: Tensor) -> Tensor:
+    return (log_a_T - log_b_T).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def _capped_ratio(log_a_T: Tensor, log_b_T: Tensor, cap: float | None) -> Tensor:
+    """a / b without gradient, at most ``cap``; one everywhere when ``cap`` is None."""
+    if cap is None:
+        return torch.ones_like(log_a_T)
+    return _ratio(log_a_T, log_b_T).detach().clamp(max=cap)
+
+
+def _summary(name: str, values_T: Tensor) -> Metrics:
+    """Sum and maximum of a metric that is never negative; no tokens give zero."""
+    values_T = values_T.detach().float()
+    largest = values_T.max() if values_T.numel() else values_T.new_zeros(())
+    return {name: values_T.sum(), f"{name}/max": largest}
+
+
+def _needed(value: Tensor | None, name: str, config: ObjectiveConfig) -> Tensor:
+    if value is None:
+        raise ValueError(f"objective kind {config.kind} needs targets.{name}")
+    return value

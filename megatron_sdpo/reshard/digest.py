@@ -1,0 +1,31 @@
+"""A fingerprint of weights: the same for the same names, shapes, dtypes and bits, wherever the tensors live."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 20
+_PRIME = 65_521
+
+
+def checksum(tensor: Tensor) -> int:
+    """A 64-bit sum of the tensor's bytes, weighted by place, so that swapped values show; computed where it lies."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    for start in range(0, data.numel(), _CHUNK):
+        part = data[start : start + _CHUNK].to(torch.int64)
+        place = torch.arange(start, start + part.numel(), device=data.device) % _PRIME + 1
+        total += (part * place).sum()  # wraps around at 2**64, on every device alike
+    return int(total)
+
+
+def digest(lines: Iterable[str]) -> str:
+    """16 hexadecimal digits over ``describe`` lines, whatever their order."""
+    return hashlib.blake2b("\n".join(sorted(lines)).encode(), digest_size=8).hexdigest()
+
+
+def describe(name: str, tensor: Tensor) -> str:
+    """Example: ``"model.norm.weight float32 (96,) 1234567"``"""
+    return f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} {checksum(tensor)}"

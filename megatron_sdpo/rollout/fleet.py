@@ -1,0 +1,287 @@
+"""The engines of a run, and the router in front of them: start, watch, end."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+import megatron_sdpo
+from megatron_sdpo.config import Config, ConfigError
+from megatron_sdpo.rollout import lifeline
+from megatron_sdpo.rollout.control import EngineControl, EngineError
+from megatron_sdpo.types import EngineAddress
+
+POLL_S = 0.2
+GRACE_S = 5.0
+"""How long processes have to end by themselves before they are killed."""
+TAIL_LINES = 15
+ROUTER = "router"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A process of the fleet that has ended. Example: ``Ended("engine-1", -9, "... last lines of its log")``
+
+    ``exit_code`` is negative for the signal that ended it.
+    """
+
+    name: str
+    exit_code: int
+    log_tail: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    address: EngineAddress
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+class Fleet:
+    """``config.engine.count`` engines on this machine, and with two or more of them a router.
+
+    Writes ``run_dir/logs/<name>.log`` and, once all answer, ``run_dir/addresses/<name>.json`` for
+    ``engine-0 ...`` and for ``router``: the address for generation, which with a single engine is
+    that engine's own. The processes end with the *thread* that called ``start``, even if it is killed.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, token: str) -> None:
+        self._config = config
+        self._logs = run_dir / "logs"
+        self._addresses = run_dir / "addresses"
+        self._token = token
+        self._running: list[_Running] = []
+        self.engines: tuple[EngineAddress, ...] = ()
+        self.router: EngineAddress | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start everything and wait until it answers.
+
+        Raises ``ConfigError`` when a port is taken, and ``EngineError``, which shows the end of the
+        log, when a process ends or is not ready within ``engine.start_timeout_s``; nothing is left
+        running then.
+        """
+        engine = self._config.engine
+        names = [f"engine-{i}" for i in range(engine.count)] + ([ROUTER] if engine.count > 1 else [])
+        ports = _ports(engine.host, engine.port, len(names))
+        addresses = [
+            EngineAddress(name, _url(engine.host, port), engine.tensor_parallel)
+            for name, port in zip(names, ports, strict=True)
+        ]
+        self._logs.mkdir(parents=True, exist_ok=True)
+        self._addresses.mkdir(parents=True, exist_ok=True)
+        self._forget_addresses()
+        self.engines = tuple(addresses[: engine.count])
+        try:
+            for i, address in enumerate(self.engines):
+                self._launch(address, "engine_main", self._engine_arguments(i, ports[i]))
+            self._wait_until_healthy()
+            self.router = EngineAddress(ROUTER, self.engines[0].url, engine.tensor_parallel)
+            if engine.count > 1:
+                self.router = addresses[-1]
+                self._launch(self.router, "router_main", self._router_arguments(ports[-1]))
+                self._wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+        for address in (*self.engines, self.router):
+            _write_atomically(self._addresses / f"{address.name}.json", msgspec.json.encode(address))
+
+    def stop(self) -> None:
+        """End every process: asked first, killed with all its children after ``GRACE_S``. May be called twice."""
+        self._forget_addresses()
+        for running in self._running:
+            _signal_group(running.process, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline and any(r.process.poll() is None for r in self._running):
+            time.sleep(POLL_S / 4)
+        for running in self._running:
+            _signal_group(running.process, signal.SIGKILL)
+            running.process.wait()
+        self._running.clear()
+
+    def dead(self) -> tuple[Ended, ...]:
+        """The processes that have ended although nobody stopped them."""
+        polled = [(running, running.process.poll()) for running in self._running]
+        return tuple(
+            Ended(running.address.name, code, _tail(running.log)) for running, code in polled if code is not None
+        )
+
+    def process_ids(self) -> dict[str, int]:
+        """Process id by name; each leads a session of its own, which holds all the processes it started."""
+        return {running.address.name: running.process.pid for running in self._running}
+
+    def _engine_arguments(self, i: int, port: int) -> list[str]:
+        config, engine = self._config, self._config.engine
+        arguments = {
+            "model-path": config.model.path,
+            "host": engine.host,
+            "port": port,
+            "dtype": config.model.dtype,
+            "context-length": config.model.max_length,
+            "tp-size": engine.tensor_parallel,
+            "base-gpu-id": i * engine.tensor_parallel,
+            "max-running-requests": engine.max_running_requests,
+            "max-total-tokens": engine.max_total_tokens,
+            "random-seed": config.seed + i,  # the same seed would make engines repeat each other's samples
+            "weight-version": 0,
+            "log-level-http": "warning",
+        }
+        given = [f"--{name}={value}" for name, value in arguments.items() if value is not None]
+        return [*given, "--skip-tokenizer-init", *engine.extra_args]
+
+    def _router_arguments(self, port: int) -> list[str]:
+        engine = self._config.engine
+        (metrics_port,) = _ports(engine.host, 0, 1)
+        arguments = {
+            "host": engine.host,
+            "port": port,
+            "policy": "round_robin",
+            "prometheus-host": engine.host,
+            "prometheus-port": metrics_port,
+            "request-timeout-secs": max(1, round(engine.request_timeout_s)),
+            "max-concurrent-requests": -1,  # the coordinator decides how much is in flight
+            "log-level": "warn",
+        }
+        given = [f"--{name}={value}" for name, value in arguments.items()]
+        return [*given, "--worker-urls", *(address.url for address in self.engines)]
+
+    def _launch(self, address: EngineAddress, module: str, arguments: Sequence[str]) -> None:
+        log = self._logs / f"{address.name}.log"
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", f"megatron_sdpo.rollout.{module}", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                start_new_session=True,
+            )
+        self._running.append(_Running(address, process, log))
+
+    def _environment(self) -> dict[str, str]:
+        checkout = str(Path(megatron_sdpo.__file__ or "").parents[1])
+        paths = [checkout, *filter(None, [os.environ.get("PYTHONPATH")])]
+        own = {
+            "MEGATRON_SDPO_TOKEN": self._token,
+            lifeline.PARENT: str(os.getpid()),
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONUNBUFFERED": "1",
+        }
+        # More threads than free cores make a small model on a CPU several times slower.
+        return {"OMP_NUM_THREADS": "1"} | dict(os.environ) | own
+
+    def _wait_until_healthy(self) -> None:
+        timeout_s = self._config.engine.start_timeout_s
+        deadline = time.monotonic() + timeout_s
+        waiting = list(self._running)
+        while waiting:
+            for ended in self.dead():
+                message = f"ended with exit code {ended.exit_code}; the end of its log:\n{ended.log_tail}"
+                raise EngineError(ended.name, "at start", message)
+            waiting = [running for running in waiting if not self._is_ready(running.address)]
+            if waiting and time.monotonic() > deadline:
+                late = waiting[0]
+                message = f"not ready after engine.start_timeout_s = {timeout_s:g} s; the end of its log:\n"
+                raise EngineError(late.address.name, "at start", message + _tail(late.log))
+            if waiting:
+                time.sleep(POLL_S)
+
+    def _is_ready(self, address: EngineAddress) -> bool:
+        control = EngineControl(address, self._token)
+        if address.name == ROUTER:  # it answers /health before it has found the engines
+            return control.healthy_workers() == len(self.engines)
+        return control.health(timeout_s=2.0)
+
+    def _forget_addresses(self) -> None:
+        for path in self._addresses.glob("*.json"):
+            if path.stem == ROUTER or path.stem.startswith("engine-"):
+                path.unlink(missing_ok=True)
+
+
+def check_ports(config: Config) -> None:
+    """Refuse ports that cannot be taken (``ConfigError``), before anything is started."""
+    engine = config.engine
+    _ports(engine.host, engine.port, engine.count + (engine.count > 1))
+
+
+def read_address(run_dir: Path, name: str) -> EngineAddress | None:
+    """What a fleet wrote for ``name`` (``engine-0``, ``router``), or None when it is not there (yet)."""
+    try:
+        data = (run_dir / "addresses" / f"{name}.json").read_bytes()
+    except FileNotFoundError:
+        return None
+    return msgspec.json.decode(data, type=EngineAddress)
+
+
+def read_engines(run_dir: Path) -> tuple[EngineAddress, ...]:
+    """The engines (not the router) of the running fleet, in order; empty when there is none (yet)."""
+    names = [path.stem for path in (run_dir / "addresses").glob("engine-*.json")]
+    names.sort(key=lambda name: int(name.removeprefix("engine-")))
+    found = [read_address(run_dir, name) for name in names]
+    return tuple(address for address in found if address is not None)
+
+
+def _ports(host: str, first: int, count: int) -> list[int]:
+    """``first, first + 1 ...``, or free ones when ``first`` is 0; a taken port is refused."""
+    with ExitStack() as held:  # all held at once, or the same free port could come twice
+        ports = []
+        for i in range(count):
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            port = first + i if first else 0
+            try:
+                listener.bind((host, port))
+                listener.listen(1)
+            except OSError as error:
+                raise ConfigError(_port_words(host, port, error)) from error
+            ports.append(listener.getsockname()[1])
+        return ports
+
+
+def _port_words(host: str, port: int, error: OSError) -> str:
+    if port == 0 or isinstance(error, socket.gaierror):
+        return f"cannot bind to engine.host {host} ({error.strerror}); set it to an address of this machine"
+    return (
+        f"port {port} on {host} cannot be used ({error.strerror}); set engine.port to another first port,"
+        " or to 0 to take free ones"
+    )
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):  # the whole group has ended
+        os.killpg(process.pid, number)
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])

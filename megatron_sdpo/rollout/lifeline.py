@@ -1,0 +1,31 @@
+"""A process that cannot outlive the one that started it, however that one ends (Linux).
+
+A parent which is killed outright (``kill -9``, out of memory, a lost node step) cannot clean up, and
+an engine left behind keeps its port and its GPU memory. The kernel does the cleaning instead.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+PARENT = "MEGATRON_SDPO_PARENT"
+"""Environment variable: the process id of the parent to which the new process is tied."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def tie_to_parent() -> None:
+    """Have the kernel kill this process when its parent ends, if the parent asked for it through ``PARENT``.
+
+    The processes that this one starts inherit the request, with this process as their parent. The
+    kernel watches the parent's *thread* that made this process: start children from a thread that
+    lives as long as they should. A process started by hand, without the variable, is not tied
+    itself, but its children are.
+    """
+    parent = os.environ.get(PARENT)
+    if parent is not None and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != int(parent):  # it ended before the kernel was told
+            os._exit(1)
+    os.environ[PARENT] = str(os.getpid())

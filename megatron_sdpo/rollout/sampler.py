@@ -1,0 +1,85 @@
+"""Question -> attempts -> verdicts: one group, and many at once."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from megatron_sdpo.rollout.client import EngineClient
+from megatron_sdpo.types import Attempt, Group, Question, Task, Tokens, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked for. Example: ``Asked(step=4, slot=0, question=q, attempts=8, temperature=1.0)``"""
+
+    step: int
+    slot: int
+    question: Question
+    attempts: int
+    temperature: float
+
+
+class Sampler:
+    """Attempts by the engines, judged by the task's verifier in ``verify_workers`` threads.
+
+    ``max_new_tokens`` bounds a response. A verifier that raises ends the run: silence would be a reward of zero.
+    """
+
+    def __init__(
+        self, client: EngineClient, tokens: Tokens, task: Task, max_new_tokens: int, verify_workers: int
+    ) -> None:
+        self._client, self._tokens, self._task = client, tokens, task
+        self._max_new_tokens = max_new_tokens
+        self._verifiers = ThreadPoolExecutor(verify_workers, thread_name_prefix="verify")
+
+    async def groups(
+        self, asked: Sequence[Asked], finished: Callable[[Group], None] = lambda group: None
+    ) -> tuple[list[Group], dict[str, float]]:
+        """All groups in the order asked, and ``time/generate``, ``time/verify`` in seconds.
+
+        Everything is in flight at once; ``finished`` is called with each group as it gets ready. Generation ends
+        with the last response; what verification takes beyond that is its time.
+        """
+        if not asked:
+            return [], {"time/generate": 0.0, "time/verify": 0.0}
+        began = time.perf_counter()
+        generated_at: list[float] = []
+
+        async def one(ask: Asked) -> Group:
+            attempts = await self._attempts(ask)
+            generated_at.append(time.perf_counter())
+            group = Group(ask.step, ask.slot, ask.question, attempts, await self._verdicts(ask.question, attempts))
+            finished(group)
+            return group
+
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(one(ask)) for ask in asked]
+        ended = time.perf_counter()
+        return [task.result() for task in running], {
+            "time/generate": max(generated_at) - began,
+            "time/verify": ended - max(generated_at),
+        }
+
+    async def _attempts(self, ask: Asked) -> tuple[Attempt, ...]:
+        prompt_ids = self._tokens.prompt_ids(ask.question.messages)
+        generated = await self._client.generate(
+            prompt_ids, n=ask.attempts, max_new_tokens=self._max_new_tokens, temperature=ask.temperature
+        )
+        return tuple(
+            Attempt(
+                prompt_ids=prompt_ids,
+                response_ids=g.response_ids,
+                engine_log_probs=g.log_probs,
+                text=self._tokens.text(g.response_ids),
+                finish=g.finish,
+                weight_version=g.weight_version,
+            )
+            for g in generated
+        )
+
+    async def _verdicts(self, question: Question, attempts: Sequence[Attempt]) -> tuple[Verdict, ...]:
+        loop = asyncio.get_running_loop()
+        judged = [loop.run_in_executor(self._verifiers, self._task.verify, question, a.text) for a in attempts]
+        return tuple(await asyncio.gather(*judged))

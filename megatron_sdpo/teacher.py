@@ -1,0 +1,93 @@
+"""Teacher weights: an fp32 copy of the student that follows slowly (EMA), never (frozen) or is the student (live).
+
+The copy is fp32 because the average moves by ``update_rate`` times a step's change, which is below the
+resolution of bf16: a bf16 average stays where it is and silently becomes a frozen teacher.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def ema_update(teacher: Sequence[Tensor], student: Sequence[Tensor], update_rate: float) -> None:
+    """``teacher = (1 - update_rate) * teacher + update_rate * student``, in place and in fp32.
+
+    Rate 0 leaves the teacher, rate 1 copies the student, both to the bit. The student may have another
+    float dtype or device. ``ValueError``, before anything is written, when the rate is outside [0, 1], the
+    lists or shapes differ, or a teacher tensor is not fp32.
+    """
+    if not 0.0 <= update_rate <= 1.0:
+        raise ValueError(f"update_rate is {update_rate}; it must lie between 0 and 1")
+    _check_shapes(teacher, student)
+    for index, average in enumerate(teacher):
+        if average.dtype != torch.float32:
+            raise ValueError(f"teacher tensor {index} is {average.dtype}; an average must be kept in float32 to move")
+    for average, weight in zip(teacher, student, strict=True):
+        average.lerp_(weight.detach().to(average.device, torch.float32), update_rate)
+
+
+class TeacherWeights:
+    """The weights that teach, and their way into a model and out of it.
+
+    Example:
+        teacher = TeacherWeights(masters, "ema", update_rate=0.05)
+        with torch.no_grad(), teacher.swapped_in(list(model.parameters())):
+            teacher_logits = model(teacher_ids)
+        teacher.update(masters)  # once per generation batch, after its optimizer steps
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], kind: Literal["ema", "frozen", "live"], update_rate: float = 0.05
+    ) -> None:
+        """Copy ``weights`` (the fp32 masters where there are any) to fp32; ``live`` copies nothing."""
+        self.kind = kind
+        self.update_rate = update_rate
+        self.tensors: list[Tensor] = (
+            [] if kind == "live" else [w.detach().to(torch.float32, copy=True) for w in weights]
+        )
+        """fp32, in the order of ``weights``. A checkpoint saves these and loads by ``copy_`` into them."""
+        self._in_model = False
+
+    def update(self, masters: Sequence[Tensor]) -> None:
+        """One EMA step towards the student's master weights; nothing for a frozen or live teacher."""
+        if self._in_model:
+            raise RuntimeError("the teacher's weights are in the model; update them after the swap has ended")
+        if self.kind == "ema":
+            ema_update(self.tensors, masters, self.update_rate)
+
+    @contextmanager
+    def swapped_in(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """Within the block ``parameters`` hold the teacher's weights; afterwards their own storage again.
+
+        The student's storage is set aside, not copied, so it comes back bit-identical and at its old
+        address, also when the block raises. Weights are cast to each parameter's dtype; fp32 parameters
+        share the teacher's storage, so the block must not write to them. ``RuntimeError`` for a swap
+        inside a swap, ``ValueError`` when ``parameters`` do not match the teacher.
+        """
+        if self._in_model:
+            raise RuntimeError("the teacher's weights are already in the model; swaps cannot be nested")
+        if self.kind != "live":
+            _check_shapes(self.tensors, parameters)
+        students = [parameter.data for parameter in parameters]
+        self._in_model = True
+        try:
+            if self.kind != "live":
+                for parameter, weight in zip(parameters, self.tensors, strict=True):
+                    parameter.data = weight.to(parameter.device, parameter.dtype)
+            yield
+        finally:
+            for parameter, student in zip(parameters, students, strict=True):
+                parameter.data = student
+            self._in_model = False
+
+
+def _check_shapes(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> None:
+    if len(teacher) != len(student):
+        raise ValueError(f"the teacher has {len(teacher)} tensors and the student {len(student)}")
+    for index, (a, b) in enumerate(zip(teacher, student, strict=True)):
+        if a.shape != b.shape:
+            raise ValueError(f"tensor {index} is {tuple(a.shape)} in the teacher and {tuple(b.shape)} in the student")

@@ -1,0 +1,56 @@
+"""One real engine for the whole test session."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_sdpo.config import Config, EngineConfig, ModelConfig, TaskConfig
+from megatron_sdpo.rollout.fleet import Fleet
+from megatron_sdpo.types import EngineAddress
+from tests.tiny_model import write_tiny_checkpoint
+
+TOKEN = "a-test-token"
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A running engine that was started with ``checkpoint`` (Llama, fp32) and serves 512 positions."""
+
+    address: EngineAddress
+    token: str
+    checkpoint: Path
+    run_dir: Path
+
+
+def engine_config(run_dir: Path, checkpoint: Path, **engine: object) -> Config:
+    """A configuration that a ``Fleet`` can start with; ``engine`` are fields of EngineConfig."""
+    settings = {"max_running_requests": 128, "start_timeout_s": 300.0} | engine
+    return Config(
+        name="test",
+        run_dir=str(run_dir),
+        steps=1,
+        model=ModelConfig(path=str(checkpoint), dtype="float32", max_length=512),
+        task=TaskConfig(name="none"),
+        engine=EngineConfig(**settings),  # pyright: ignore[reportArgumentType]
+    )
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Shared by all tests: one that changes the weights must not count on those it finds."""
+    folder = tmp_path_factory.mktemp("engine")
+    checkpoint = write_tiny_checkpoint(folder / "checkpoint", seed=0)
+    fleet = Fleet(engine_config(folder, checkpoint), folder, TOKEN)
+    fleet.start()
+    try:
+        yield Engine(fleet.engines[0], TOKEN, checkpoint, folder)
+    finally:
+        for process_id in fleet.process_ids().values():  # no grace: nothing in it is worth waiting for
+            with suppress(ProcessLookupError):
+                os.killpg(process_id, signal.SIGKILL)
+        fleet.stop()

@@ -1,0 +1,38 @@
+"""What transformers computes from a checkpoint directory: the independent reference of the model tests."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def reference(path: Path, documents: Sequence[Tensor], weights_TV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits ``[T, V]`` of the documents, each run alone, end to end; the gradients of ``(logits * weights).sum()``."""
+    model = _load(path)
+    logits_TV = torch.cat([model(document[None]).logits[0] for document in documents])
+    (logits_TV * weights_TV).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return logits_TV.detach(), gradients
+
+
+def _load(path: Path) -> torch.nn.Module:
+    _torchvision_schemas()
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    assert model.model.rotary_emb.inv_freq[0] == 1.0  # a torch whose factories are wrapped can leave it unset
+    return model
+
+
+def _torchvision_schemas() -> None:
+    """A torchvision built for another torch fails at import for want of two schemas that nothing here calls."""
+    schemas = {
+        "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    }
+    for name, signature in schemas.items():
+        try:
+            torch.library.define(f"torchvision::{name}", signature)
+        except RuntimeError:  # torchvision itself, or an earlier call, has defined it
+            continue

@@ -1,0 +1,226 @@
+"""The configuration tree: overrides, the saved file, and every refusal with its sentence."""
+
+import json
+import tempfile
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_sdpo import config as configuration
+from megatron_sdpo.config import Config, ConfigError, ModelConfig, TaskConfig, apply_overrides, check, check_model
+
+BASE = Config(
+    name="run", run_dir="runs/run", steps=4, model=ModelConfig(path="model"), task=TaskConfig(name="minipipe")
+)
+MODEL = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "intermediate_size": 264,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 8192,
+}
+
+
+def value_of(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def values(kind: Any) -> st.SearchStrategy[Any]:
+    """JSON values that fit a leaf's type."""
+    if typing.get_origin(kind) is dict:
+        return st.dictionaries(st.text(min_size=1), st.none() | st.booleans() | st.integers() | st.text())
+    if kind is int:
+        return st.integers(-(2**53), 2**53)
+    if kind is float:
+        return st.floats(allow_nan=False, allow_infinity=False)
+    if type(None) in typing.get_args(kind):
+        return st.none() | st.one_of(*(values(part) for part in typing.get_args(kind) if part is not type(None)))
+    return st.from_type(kind)
+
+
+LEAVES = {key: kind for key, (kind, _) in configuration.fields_by_name().items()}
+ASSIGNMENTS = st.fixed_dictionaries({}, optional={key: values(kind) for key, kind in LEAVES.items()})
+
+
+@settings(max_examples=60, deadline=None)
+@given(ASSIGNMENTS)
+def test_overrides_set_exactly_what_they_name_and_survive_the_file(assignments: dict[str, Any]) -> None:
+    config = apply_overrides(BASE, [f"{key}={json.dumps(value)}" for key, value in assignments.items()])
+    for key in LEAVES:
+        assert value_of(config, key) == assignments.get(key, value_of(BASE, key))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        configuration.save(config, path)
+        assert configuration.load(path) == config
+        assert [p.name for p in Path(folder).iterdir()] == ["config.json"]
+
+
+def test_overrides_read_plain_words() -> None:
+    overrides = ["optim.lr=1e-3", "objective.policy_drift_clip=none", "name=7", "task.options.hint=false"]
+    config = apply_overrides(BASE, [*overrides, "task.options.ranks=[1, 2]", "objective.kind=grpo", "name=a=b"])
+    assert config.optim.lr == 1e-3
+    assert config.objective.policy_drift_clip is None
+    assert config.objective.kind == "grpo"
+    assert config.task.options == {"hint": False, "ranks": [1, 2]}
+    assert config.name == "a=b"
+    assert BASE.task.options == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optim.lr", "has no '='"),
+        ("optim.learning_rate=1", "unknown configuration key 'optim.learning_rate'"),
+        ("optim.lrr=1", "did you mean optim.lr?"),
+        ("zzzz=1", "lists the keys"),
+        ("optim=1", "unknown configuration key 'optim'"),
+        ("task.options.=1", "unknown configuration key 'task.options.'"),
+        ("steps=many", "steps='many' does not fit: it must be a whole number"),
+        ("steps=1.5", "it must be a whole number"),
+        ("optim.lr=fast", "it must be a number"),
+        ("teacher_context.demonstrations=2", "it must be true or false"),
+        ("objective.kind=ppo", "it must be one of sdpo, grpo, next_token"),
+        ("objective.dual_clip=no", "it must be a number or none"),
+    ],
+)
+def test_an_override_that_cannot_be_taken_is_refused(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        apply_overrides(BASE, [override])
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "cannot read the configuration"),
+        ("{", "is not JSON"),
+        ('{"stepz": 4}', "unknown configuration key 'stepz'"),
+        ('{"optim": {"lrr": 4}}', "unknown configuration key 'optim.lrr'"),
+        ('{"steps": "many"}', "steps='many' does not fit"),
+        ('{"name": "run"}', "the configuration is not complete"),
+    ],
+)
+def test_a_file_that_cannot_be_loaded_is_refused(tmp_path: Path, text: str | None, sentence: str) -> None:
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        configuration.load(path)
+    assert sentence in str(error.value)
+
+
+POSITIVE = (
+    "steps",
+    "layout.tensor_parallel",
+    "layout.pipeline_parallel",
+    "layout.world_size",
+    "layout.tokens_per_micro_batch",
+    "engine.count",
+    "rollout.prompts_per_step",
+    "rollout.attempts_per_prompt",
+    "rollout.max_new_tokens",
+    "optim.mini_batches",
+    "objective.top_k",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "publish.bucket_bytes",
+)
+
+
+@pytest.mark.parametrize("key", POSITIVE)
+def test_sizes_must_be_positive(key: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(apply_overrides(BASE, [f"{key}=0"]))
+    assert str(error.value) == f"{key} is 0; it must be at least 1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["layout.tensor_parallel=2"], "layout.world_size 1 is not a multiple"),
+        (["layout.pipeline_parallel=2", "layout.world_size=3"], "set it to 2 or a multiple"),
+        (["objective.alpha=1.1"], "objective.alpha is 1.1; it must lie between 0 and 1"),
+        (["objective.alpha=-0.1"], "objective.alpha is -0.1"),
+        (["teacher.update_rate=2"], "teacher.update_rate is 2"),
+        (["rollout.temperature=0"], "set it above 0"),
+        (["rollout.max_staleness=-1"], "rollout.max_staleness is -1"),
+        (["objective.kind=grpo", "rollout.attempts_per_prompt=1"], "set rollout.attempts_per_prompt to 2 or more"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(overrides: Sequence[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(apply_overrides(BASE, overrides))
+    assert sentence in str(error.value)
+
+
+def test_values_that_work_are_accepted() -> None:
+    check(BASE)
+    check(apply_overrides(BASE, ["layout.tensor_parallel=2", "layout.pipeline_parallel=2", "layout.world_size=8"]))
+    check(apply_overrides(BASE, ["objective.alpha=1", "teacher.update_rate=0"]))
+    check_model(BASE, MODEL)
+    layout = ["layout.tensor_parallel=2", "layout.pipeline_parallel=4", "layout.world_size=8"]
+    check_model(apply_overrides(BASE, layout), MODEL)
+
+
+@pytest.mark.parametrize(
+    ("override", "model", "sentence"),
+    [
+        ("layout.tensor_parallel=3", {}, "does not divide the model's 4 attention heads"),
+        ("layout.tensor_parallel=4", {}, "does not divide the model's 2 key-value heads"),
+        ("layout.tensor_parallel=2", {"vocab_size": 511}, "does not divide the model's 511 vocabulary entries"),
+        ("layout.tensor_parallel=2", {"intermediate_size": 265}, "does not divide the model's 265 MLP units"),
+        ("layout.pipeline_parallel=3", {}, "does not divide the model's 4 layers"),
+        ("objective.top_k=512", {}, "objective.top_k 512 must be smaller than the vocabulary of 512"),
+        ("model.max_length=8193", {}, "is beyond the model's 8192 positions"),
+    ],
+)
+def test_a_layout_that_does_not_fit_the_model_is_refused(override: str, model: dict[str, int], sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_model(apply_overrides(BASE, [override]), MODEL | model)
+    assert sentence in str(error.value)
+
+
+def test_a_model_without_key_value_heads_has_as_many_as_attention_heads() -> None:
+    model = {key: size for key, size in MODEL.items() if key != "num_key_value_heads"}
+    check_model(apply_overrides(BASE, ["layout.tensor_parallel=4"]), model)
+
+
+def test_an_incomplete_model_directory_is_refused_until_it_is_complete(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    config = apply_overrides(BASE, [f"model.path={folder}"])
+
+    def refusal() -> str:
+        with pytest.raises(ConfigError) as error:
+            configuration.read_model_config(config)
+        return str(error.value)
+
+    assert "is not a directory" in refusal()
+    folder.mkdir()
+    assert "has no config.json" in refusal()
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    assert "has no tokenizer.json" in refusal()
+    (folder / "tokenizer.json").write_text("{}")
+    assert "has no *.safetensors file" in refusal()
+    (folder / "model.safetensors").touch()
+    assert configuration.read_model_config(config) == MODEL
+
+
+def test_the_leaves_cover_the_whole_tree() -> None:
+    leaves = configuration.fields_by_name()
+    assert leaves["optim.lr"] == (float, 1e-5)
+    assert {key for key, (_, default) in leaves.items() if default is configuration.dataclasses.MISSING} == {
+        "name",
+        "run_dir",
+        "steps",
+        "model.path",
+        "task.name",
+    }

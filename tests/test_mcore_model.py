@@ -1,0 +1,183 @@
+"""The Megatron model against transformers, on every layout: logits, gradients, neighbours in a packed row, export."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_sdpo.config import ConfigError
+from megatron_sdpo.mcore.hf import HfCheckpoint
+from megatron_sdpo.mcore.model import read_hf_config
+from megatron_sdpo.mcore.modules import packed_rows
+from tests.hf_reference import reference
+from tests.launch import run_ranks
+from tests.tiny_model import write_tiny_checkpoint
+
+LENGTHS = (5, 17, 1, 40)
+VOCABULARY = 104
+CHECKPOINTS = ("llama", "qwen3", "qwen3-tied", "qwen2")
+LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One checkpoint of each kind, and the inputs that all layouts share."""
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_checkpoint(folder / "llama", seed=1)
+    for name in CHECKPOINTS[1:]:
+        write_tiny_checkpoint(folder / name, seed=2, family="qwen3", kv_heads=2)
+    _tie(folder / "qwen3-tied")
+    _make_qwen2(folder / "qwen2")
+    generator = torch.Generator().manual_seed(5)
+    # never token 0: transformers gives the padding token's embedding no gradient
+    documents = [torch.randint(1, VOCABULARY, (n,), generator=generator) for n in LENGTHS]
+    perturbed = [documents[0], (documents[1] + 1) % VOCABULARY, *documents[2:]]
+    weights_TV = torch.randn(sum(LENGTHS), VOCABULARY, generator=generator)
+    torch.save({"documents": documents, "perturbed": perturbed, "weights_TV": weights_TV}, folder / "inputs.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def references(folder: Path) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    inputs = torch.load(folder / "inputs.pt")
+    return {name: reference(folder / name, inputs["documents"], inputs["weights_TV"]) for name in CHECKPOINTS}
+
+
+def _tie(path: Path) -> None:
+    _edit(path, tie_word_embeddings=True)
+    tensors = load_file(path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def _make_qwen2(path: Path) -> None:
+    _edit(path, architectures=["Qwen2ForCausalLM"], model_type="qwen2")
+    tensors = load_file(path / "model.safetensors")
+    generator = torch.Generator().manual_seed(7)
+    for name in [name for name in tensors if name.endswith(("q_norm.weight", "k_norm.weight"))]:
+        del tensors[name]
+    for name in [name for name in tensors if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]:
+        tensors[name.replace("weight", "bias")] = torch.randn(len(tensors[name]), generator=generator)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    return {name: value for file in sorted(path.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_layout_equals_transformers(
+    folder: Path, references: dict[str, tuple[Tensor, dict[str, Tensor]]], tp: int, pp: int
+) -> None:
+    run_ranks("dist_model.py", tp * pp, [str(tp), str(pp), str(folder), *CHECKPOINTS], timeout=200)
+    for name in CHECKPOINTS:
+        out = folder / f"tp{tp}pp{pp}" / name
+        expected_TV, expected_gradients = references[name]
+        logits_TV = torch.load(out / "logits.pt")
+        # packed with its neighbours, each document is as if alone
+        torch.testing.assert_close(logits_TV, expected_TV, atol=1e-4, rtol=0)
+        _check_neighbours(logits_TV, torch.load(out / "perturbed.pt"))
+        _check_export(folder / name, out / "export")
+        gradients = _tensors(out / "gradients")
+        assert gradients.keys() == expected_gradients.keys()
+        for parameter, gradient in gradients.items():
+            expected = expected_gradients[parameter]
+            difference = (gradient - expected).abs().max() / expected.abs().max()
+            assert difference < 1e-4, f"{name} {parameter}"
+
+
+def _check_neighbours(logits_TV: Tensor, perturbed_TV: Tensor) -> None:
+    """Other words in the second document change nothing, not one bit, in the others."""
+    same = (logits_TV == perturbed_TV).all(1)
+    second = slice(LENGTHS[0], LENGTHS[0] + LENGTHS[1])
+    assert not same[second].any()
+    same[second] = True
+    assert same.all()
+
+
+def _check_export(source: Path, export: Path) -> None:
+    before, after = _tensors(source), _tensors(export)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+    assert len(list(export.glob("*.safetensors"))) > 1
+    assert read_hf_config(export) == read_hf_config(source)
+    assert (export / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert [path.name for path in export.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_head_beside_a_tied_embedding_must_equal_it(tmp_path: Path) -> None:
+    path = write_tiny_checkpoint(tmp_path / "model", seed=1)
+    _edit(path, tie_word_embeddings=True)
+    with pytest.raises(ConfigError, match=r"lm_head\.weight differs from its embedding"):
+        HfCheckpoint(path, read_hf_config(path))
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path / "model.safetensors")
+    with HfCheckpoint(path, read_hf_config(path)) as checkpoint:
+        assert checkpoint.keys() == tensors.keys() - {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("lengths", [(3,), (40, 1, 2, 17, 2, 33, 16, 15), (1, 1, 1)])
+def test_padding_puts_every_token_in_its_place(lengths: tuple[int, ...]) -> None:
+    padding = packed_rows(lengths, torch.device("cpu")).padding
+    total = sum(lengths)
+    assert torch.equal(padding.source_P[padding.target_T], torch.arange(total))
+    position_T = torch.cat([torch.arange(n) for n in lengths])
+    assert torch.equal(padding.position_P[padding.target_T], position_T)
+    assert sum(n * width for n, width in padding.blocks) == len(padding.source_P) < 2 * total
+
+
+@pytest.mark.parametrize("lengths", [(), (3, 0)])
+def test_an_empty_sequence_is_refused(lengths: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        packed_rows(lengths, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "architecture 'MambaForCausalLM'"),
+        ({"model_type": "qwen2"}, "model_type 'qwen2'"),
+        ({"hidden_size": None}, "does not say hidden_size"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"sliding_window": 128}, "sliding-window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary scaling"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rotary scaling rope_type='yarn'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"logit_softcap": 30.0}, "logit_softcap=30.0, which this package does not know"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    path = write_tiny_checkpoint(tmp_path / "model", seed=1)
+    _edit(path, **change)
+    with pytest.raises(ConfigError, match=words):
+        read_hf_config(path)
+
+
+def test_defaults_are_filled_in(tmp_path: Path) -> None:
+    path = write_tiny_checkpoint(tmp_path / "model", seed=1)
+    config = json.loads((path / "config.json").read_text())
+    for key in ("rope_theta", "head_dim", "num_key_value_heads", "tie_word_embeddings"):
+        del config[key]
+    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "use_sliding_window": False}
+    (path / "config.json").write_text(json.dumps(config | {"sliding_window": 4096, "output_attentions": False}))
+    hf = read_hf_config(path)
+    assert (hf["rope_theta"], hf["head_dim"], hf["num_key_value_heads"], hf["tie_word_embeddings"]) == (
+        5e5,
+        24,
+        4,
+        False,
+    )
