@@ -4,12 +4,12 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-# On Linux, PyPI's torch is the CUDA build (several GB). For the CPU build (200 MB) point this at PyTorch's own index:
-#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# On Linux, PyPI's torch is the CUDA build (several GB). For the CPU build (200 MB) set this to the address of PyTorch's
+# CPU wheel index ("Get started" on pytorch.org names it).
 TORCH_INDEX ?=
 LAYOUT ?= tp2
 SEED ?= 0
-RUN_DIR ?= runs/minipipe-$(LAYOUT)
+RUN_DIR ?= runs/minipipe-$(LAYOUT)-seed$(SEED)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,8 +41,8 @@ $(STAMP): $(LOCK) pyproject.toml
 	@$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: setup ## train MiniPipe on this CPU, LAYOUT=tp2|pp2|tp1, SEED=0
-	$(BIN)/megatron-sdpo train minipipe --layout $(LAYOUT) --run-dir $(RUN_DIR) seed=$(SEED)
+demo: setup ## train MiniPipe on this CPU, LAYOUT=tp2|pp2|tp1, SEED=0 (another seed is another machine to learn)
+	$(BIN)/megatron-sdpo train minipipe --layout $(LAYOUT) --run-dir $(RUN_DIR) seed=$(SEED) task.options.machine_seed=$(SEED)
 
 lint: setup ## formatting, lint rules, types
 	$(BIN)/ruff format --check .
@@ -55,8 +55,10 @@ test: lint ## lint, then every test that needs no GPU and no long time
 test-slow: setup ## the long tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
 
-bench: setup ## time the parts that a change can make slower
-	$(BIN)/python -m tools.bench
+bench: setup ## time trainer and generation against their baselines (results belong in tools/BENCHMARKS.md)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_trainer.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_trainer.py --length 27
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_generation.py
 
 clean: ## remove .venv, caches and build output (runs/ is kept)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

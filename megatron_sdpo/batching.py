@@ -114,9 +114,7 @@ def micro_batches(
 
     ``shares`` holds the positions in ``samples`` of every data rank (``assign``).
     """
-    lengths = {
-        i: len(prompt_of(samples[i], view)) + len(samples[i].response_ids) for share in shares for i in share
-    }
+    lengths = {i: len(prompt_of(samples[i], view)) + len(samples[i].response_ids) for share in shares for i in share}
     cuts = [cut(share, lengths, budget) for share in shares]
     padding = max(map(len, cuts)) - len(cuts[data_rank])
     mine = cuts[data_rank] + [()] * padding
@@ -152,7 +150,10 @@ def pack(sequences: Sequence[tuple[int, Sequence[int], Sequence[int]]], device: 
 
 
 def deal(count: int, mini_batches: int, seed: int, step: int) -> list[list[int]]:
-    """Positions 0..count-1 -> the mini-batches of one generation batch, at random by (seed, step); sizes differ by one at most."""
+    """Positions 0..count-1 -> the mini-batches of one generation batch, at random by (seed, step).
+
+    Their sizes differ by one at most.
+    """
     if mini_batches == 1:
         return [list(range(count))]
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)

@@ -6,6 +6,7 @@ imported: the coordinator stays small and starts at once.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,9 @@ from tokenizers import AddedToken, Tokenizer
 
 from megatron_sdpo.config import ConfigError
 from megatron_sdpo.types import Message
+
+_PRIVATE_USE = range(0xF0000, 0xFFFFE)
+"""Characters without a meaning of their own, of which one that no message has marks a place in them."""
 
 
 class Chat:
@@ -53,6 +57,7 @@ class Chat:
         self._template = _compile(_template_text(folder, settings), folder)
         self.eos_id = self._special_id("eos_token")
         self.pad_id = self._special_id("pad_token") if "pad_token" in self._variables else self.eos_id
+        self._spelled_special = _spelled_special(self._tokenizer)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -60,15 +65,21 @@ class Chat:
 
         Messages that the template refuses raise ConfigError with the template's own words.
         """
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        try:
-            return self._template.render(messages=turns, **self._variables)
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"the chat template of {self._folder} refuses these messages: {error}") from error
+        return self._render([m.role for m in messages], [m.content for m in messages])
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The token ids of ``render(messages)``; what a special token spells is read as that token."""
-        return self.encode(self.render(messages))
+        """The token ids of ``render(messages)``. Only the template makes special tokens.
+
+        A message may hold what a model or a verifier wrote. Where it spells a special token (``<|im_end|>``)
+        the text is cut after the first character of that spelling, and the parts are encoded each by itself.
+        """
+        roles, contents = [m.role for m in messages], [m.content for m in messages]
+        if self._spelled_special is None or not any(map(self._spelled_special.search, contents)):
+            return self.encode(self._render(roles, contents))
+        given = set("".join(contents))
+        cut = next(c for c in map(chr, _PRIVATE_USE) if c not in given)
+        marked = [self._spelled_special.sub(lambda spelled: spelled[1] + cut, content) for content in contents]
+        return tuple(id for part in self._render(roles, marked).split(cut) for id in self.encode(part))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """The token ids of a text, nothing added at its ends."""
@@ -86,6 +97,13 @@ class Chat:
         """The text of token ids without special tokens. Spaces are left as they are: a verifier may run it."""
         return self._tokenizer.decode(list(response_ids), skip_special_tokens=True)
 
+    def _render(self, roles: Sequence[str], contents: Sequence[str]) -> str:
+        turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        try:
+            return self._template.render(messages=turns, **self._variables)
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"the chat template of {self._folder} refuses these messages: {error}") from error
+
     def _special_id(self, name: str) -> int:
         token = self._variables.get(name)
         if not isinstance(token, str):
@@ -94,6 +112,12 @@ class Chat:
         if id is None:
             raise ConfigError(f"{self._folder}/tokenizer_config.json has {name} {token!r}, which tokenizer.json lacks")
         return id
+
+
+def _spelled_special(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """Matches the first character of each special token's text, overlapping ones too."""
+    spelled = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special and len(t.content) > 1]
+    return re.compile(f"(?={'|'.join(map(re.escape, spelled))})(.)", re.DOTALL) if spelled else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import json
 import re
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -18,9 +19,8 @@ from megatron_sdpo import __version__
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import Config, ConfigError
 from megatron_sdpo.launch.local import Interrupted, RoleDied, run_locally
-from megatron_sdpo.launch.preflight import check_run
+from megatron_sdpo.launch.preflight import check_engines, check_run
 from megatron_sdpo.launch.run_dir import RunDir
-from megatron_sdpo.report import write_report
 from megatron_sdpo.rollout.control import EngineError
 from megatron_sdpo.tracking import read_metrics
 from recipes import recipe, recipes
@@ -29,7 +29,13 @@ _LAYOUT = re.compile(r"(?:tp(\d+))?(?:pp(\d+))?(?:dp(\d+))?")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    wrong = [argument for argument in rest if argument.startswith("-") or "=" not in argument]
+    if wrong or (rest and not hasattr(parsed, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(wrong or rest)}")
+    if rest:  # argparse stops collecting key=value at the first option
+        parsed.overrides = [*parsed.overrides, *rest]
     try:
         parsed.run(parsed)
     except (ConfigError, EngineError) as error:
@@ -41,12 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Interrupted as error:
         print(str(error), file=sys.stderr)
         sys.exit(128 + error.number)
+    except KeyboardInterrupt:  # before there was anything to stop
+        sys.exit(128 + signal.SIGINT)
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Preflight, all roles, report."""
     config = _config(arguments)
     check_run(config)
+    RunDir(Path(config.run_dir)).check_resumable(config)
     if arguments.dry_run:
         print(json.dumps(dataclasses.asdict(config), indent=2))
         return
@@ -55,12 +64,16 @@ def train(arguments: argparse.Namespace) -> None:
     print(f"{config.name}: {config.steps} steps in {run_dir.path}, trainer {_layout_words(config)}, ", end="")
     print(f"{config.engine.count} engine(s); starting takes about half a minute", flush=True)
     run_locally(config, run_dir)
+    from megatron_sdpo.report import write_report  # loads matplotlib
+
     report = write_report(run_dir.path)
     scores = [row["eval/accuracy"] for row in read_metrics(run_dir.path) if row.get("eval/accuracy") is not None]
     if scores:
         print(f"held-out accuracy: {scores[0]:.1%} before, {scores[-1]:.1%} after")
     print(f"finished in {time.perf_counter() - began:.0f} s")
-    print(f"report  {report}\ncurve   {report.with_name('curve.png')}\nmodel   {run_dir.exported} (Hugging Face format)")
+    print(
+        f"report  {report}\ncurve   {report.with_name('curve.png')}\nmodel   {run_dir.exported} (Hugging Face format)"
+    )
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -68,7 +81,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from megatron_sdpo.launch.serving import evaluate_model  # loads aiohttp and the engine's client only when needed
 
     config = _with_model(_config(arguments), arguments.model)
-    check_run(config)
+    check_run(config, must_evaluate=True)
     evaluation = asyncio.run(evaluate_model(config))
     print(json.dumps(evaluation.metrics, indent=2))
 
@@ -78,8 +91,7 @@ def serve(arguments: argparse.Namespace) -> None:
     from megatron_sdpo.launch.serving import serve_model
 
     config = _with_model(_config(arguments), arguments.model)
-    configuration.check(config)
-    configuration.read_model_config(config)
+    check_engines(config)
     serve_model(config)
 
 
@@ -91,14 +103,17 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
+    """One page and one picture of what a run directory holds."""
+    from megatron_sdpo.report import write_report  # loads matplotlib
+
     print(write_report(arguments.run_dir))
 
 
 def _config(arguments: argparse.Namespace) -> Config:
     overrides = list(arguments.overrides)
-    if arguments.layout:
+    if arguments.layout is not None:
         overrides = [*_layout_overrides(arguments.layout), *overrides]
-    if arguments.run_dir:
+    if arguments.run_dir is not None:
         overrides.append(f"run_dir={arguments.run_dir}")
     config = configuration.apply_overrides(recipe(arguments.recipe), overrides)
     configuration.check(config)
@@ -148,7 +163,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_configuration_help(),
     )
     _recipe_arguments(command)
-    command.add_argument("--dry-run", action="store_true", help="check everything, print the configuration, start nothing")
+    command.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the configuration, start nothing"
+    )
     command.set_defaults(run=train)
 
     command = commands.add_parser("evaluate", help="score a model on a recipe's held-out questions")
@@ -178,7 +195,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _recipe_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", help=f"one of: {', '.join(sorted(recipes()))}")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="change one configuration value, e.g. optim.lr=1e-3")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="change one configuration value, e.g. optim.lr=1e-3"
+    )
     command.add_argument("--layout", help="trainer ranks by kind, e.g. tp2, pp2, tp2pp2, tp1 (short for layout.* keys)")
     command.add_argument("--run-dir", help="where everything is written (short for run_dir=)")
 
@@ -186,7 +205,7 @@ def _recipe_arguments(command: argparse.ArgumentParser) -> None:
 def _configuration_help() -> str:
     lines = ["configuration keys (change them with key=value):"]
     for key, (kind, default) in configuration.fields_by_name().items():
-        shown = "required" if default is dataclasses.MISSING else f"default {default!r}"
+        shown = "set by the recipe" if default is dataclasses.MISSING else f"default {json.dumps(default)}"
         lines.append(f"  {key:36} {configuration.type_words(kind)}; {shown}")
     return "\n".join(lines)
 

@@ -9,10 +9,12 @@ what was wrong and what to set.
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -268,26 +270,43 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
         if options:
             name = key.removeprefix("task.options.")
             key, value = "task.options", {**config.task.options, name: value}
-        config = _replace(config, key.split("."), _convert(key, value, text, leaves[key][0]))
+        config = _replace(config, key.split("."), _read(key, value, text, leaves[key][0]))
     return config
 
 
 def _literal(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # besides what is no JSON: numbers and nesting beyond all use
         return {"none": None, "true": True, "false": False}.get(text.lower(), text)
 
 
-def _convert(key: str, value: Any, text: str, kind: Any) -> Any:
+def _read(key: str, value: Any, text: str, kind: Any) -> Any:
+    """The value of an override, or its text where text is wanted and the value looked like JSON: name=7."""
     try:
-        return msgspec.convert(value, type=kind)
-    except msgspec.ValidationError:
-        pass
-    try:  # a text field whose value looks like JSON: name=7
-        return msgspec.convert(text, type=kind)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{key}={text!r} does not fit: it must be {type_words(kind)}") from error
+        return _convert(key, value, kind)
+    except ConfigError:
+        if not isinstance(value, str) and kind in (str, str | None):
+            return text
+        raise
+
+
+def _convert(key: str, value: Any, kind: Any) -> Any:
+    try:
+        converted = msgspec.convert(value, type=kind)
+    except (msgspec.ValidationError, OverflowError) as error:
+        raise ConfigError(f"{key}={value!r} does not fit: it must be {type_words(kind)}") from error
+    if not _is_finite(converted):
+        raise ConfigError(f"{key}={value!r} does not fit: numbers must be finite")
+    return converted
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def type_words(kind: Any) -> str:
@@ -297,6 +316,8 @@ def type_words(kind: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if origin in (typing.Union, types.UnionType):
         return " or ".join("none" if a is type(None) else type_words(a) for a in typing.get_args(kind))
+    if origin in (dict, tuple):
+        return "a JSON object" if origin is dict else "a JSON list"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
 
 
@@ -318,113 +339,101 @@ def save(config: Config, path: Path) -> None:
 
 def load(path: Path) -> Config:
     """The inverse of ``save``; unknown keys and wrong types are refused."""
+    data = read_json(path, "the configuration")
     try:
-        data = json.loads(path.read_text())
+        return _build(Config, data, "")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The value of a JSON file; ``what`` names it in a refusal."""
+    try:
+        return json.loads(path.read_text())
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+        raise ConfigError(f"cannot read {what} {path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from error
-    return _build(Config, data, "")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text: {error}") from error
 
 
 def _build(kind: type[T], data: Any, prefix: str) -> T:
+    if not isinstance(data, dict):
+        where = f"the section {prefix[:-1]!r}" if prefix else "the configuration"
+        raise ConfigError(f"{where} is {str(data)[:40]!r}; it must be a JSON object")
     hints = typing.get_type_hints(kind)
     unknown = set(data) - set(hints)
     if unknown:
         raise ConfigError(f"unknown configuration key {prefix + min(unknown)!r}")
     values = {}
     for name, value in data.items():
-        nested = dataclasses.is_dataclass(hints[name])
-        values[name] = (
-            _build(hints[name], value, f"{prefix}{name}.")
-            if nested
-            else _convert(prefix + name, value, str(value), hints[name])
-        )
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = _build(hints[name], value, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+        else:
+            values[name] = _convert(prefix + name, value, hints[name])
     try:
         return kind(**values)
     except TypeError as error:
         raise ConfigError(f"the configuration is not complete: {error}") from error
 
 
+_AT_LEAST = {
+    2: ("publish.probe_tokens",),
+    1: (
+        *("steps", "model.max_length", "optim.mini_batches", "objective.top_k", "publish.bucket_bytes"),
+        *("layout.tensor_parallel", "layout.pipeline_parallel", "layout.world_size", "layout.tokens_per_micro_batch"),
+        *("engine.count", "engine.tensor_parallel", "engine.max_running_requests", "engine.max_total_tokens"),
+        *("rollout.prompts_per_step", "rollout.attempts_per_prompt", "rollout.max_new_tokens"),
+        *("rollout.verify_workers", "teacher_context.max_prompt_tokens"),
+        *("checkpoint.every", "checkpoint.keep", "evaluation.attempts", "evaluation.questions"),
+    ),
+    0: (
+        *("engine.port", "rollout.max_staleness", "evaluation.every", "evaluation.temperature"),
+        *("optim.lr", "optim.warmup_steps", "optim.weight_decay", "optim.clip_grad"),
+    ),
+}
+_ABOVE_0 = (
+    *("rollout.temperature", "engine.start_timeout_s", "engine.request_timeout_s", "publish.timeout_s", "optim.eps"),
+    *("publish.probe_tolerance", "objective.policy_drift_clip", "objective.engine_mismatch_cap"),
+)
+_FROM_0_TO_1 = ("objective.alpha", "teacher.update_rate", "optim.min_lr_ratio")
+
+
+def _check_ranges(config: Config) -> None:
+    for least, keys in _AT_LEAST.items():
+        for key in keys:
+            value = attrgetter(key)(config)
+            if value is not None and value < least:
+                raise ConfigError(f"{key} is {value}; it must be at least {least}")
+    for key in _ABOVE_0:
+        value = attrgetter(key)(config)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{key} is {value}; set it above 0")
+    for key in _FROM_0_TO_1:
+        if not 0.0 <= attrgetter(key)(config) <= 1.0:
+            raise ConfigError(f"{key} is {attrgetter(key)(config)}; it must lie between 0 and 1")
+
+
 def check(config: Config) -> None:
-    """Refuse values that cannot work whatever the model is; the model's own sizes are checked by ``check_model``."""
-    layout, objective = config.layout, config.objective
-    positive = {
-        "steps": config.steps,
-        "layout.tensor_parallel": layout.tensor_parallel,
-        "layout.pipeline_parallel": layout.pipeline_parallel,
-        "layout.world_size": layout.world_size,
-        "layout.tokens_per_micro_batch": layout.tokens_per_micro_batch,
-        "engine.count": config.engine.count,
-        "rollout.prompts_per_step": config.rollout.prompts_per_step,
-        "rollout.attempts_per_prompt": config.rollout.attempts_per_prompt,
-        "rollout.max_new_tokens": config.rollout.max_new_tokens,
-        "optim.mini_batches": config.optim.mini_batches,
-        "objective.top_k": objective.top_k,
-        "checkpoint.every": config.checkpoint.every,
-        "checkpoint.keep": config.checkpoint.keep,
-        "publish.bucket_bytes": config.publish.bucket_bytes,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"{key} is {value}; it must be at least 1")
+    """Refuse values that cannot work whatever the model is (``hf_config.check_model`` knows its sizes)."""
+    _check_ranges(config)
+    layout, engine = config.layout, config.engine
+    for key in ("name", "run_dir", "model.path", "engine.host"):
+        if not attrgetter(key)(config):
+            raise ConfigError(f"{key} is empty; set it")
     model_parallel = layout.tensor_parallel * layout.pipeline_parallel
     if layout.world_size % model_parallel:
         raise ConfigError(
             f"layout.world_size {layout.world_size} is not a multiple of tensor_parallel * pipeline_parallel"
             f" = {model_parallel}; set it to {model_parallel} or a multiple"
         )
-    if not 0.0 <= objective.alpha <= 1.0:
-        raise ConfigError(f"objective.alpha is {objective.alpha}; it must lie between 0 and 1")
-    if not 0.0 <= config.teacher.update_rate <= 1.0:
-        raise ConfigError(f"teacher.update_rate is {config.teacher.update_rate}; it must lie between 0 and 1")
-    if config.rollout.temperature <= 0:
+    if engine.port + engine.count > 65535:
+        raise ConfigError(f"engine.port is {engine.port}; it and the {engine.count} after it must be below 65536")
+    if engine.max_total_tokens is not None and engine.max_total_tokens < config.model.max_length:
         raise ConfigError(
-            f"rollout.temperature is {config.rollout.temperature}; training needs sampled attempts, set it above 0"
+            f"engine.max_total_tokens {engine.max_total_tokens} cannot hold one sequence of model.max_length"
+            f" {config.model.max_length}; raise the one or lower the other"
         )
-    if config.rollout.max_staleness < 0:
-        raise ConfigError(f"rollout.max_staleness is {config.rollout.max_staleness}; it must be 0 or more")
-    if objective.kind == "grpo" and config.rollout.attempts_per_prompt < 2:
+    if config.objective.kind == "grpo" and config.rollout.attempts_per_prompt < 2:
         raise ConfigError("GRPO compares attempts at one question; set rollout.attempts_per_prompt to 2 or more")
-
-
-def read_model_config(config: Config) -> dict[str, Any]:
-    """The model's Hugging Face ``config.json``; a missing model or tokenizer is refused."""
-    folder = Path(config.model.path)
-    if not folder.is_dir():
-        raise ConfigError(f"model.path {folder} is not a directory; set it to a Hugging Face checkpoint directory")
-    for name, what in {"config.json": "model configuration", "tokenizer.json": "tokenizer"}.items():
-        if not (folder / name).is_file():
-            raise ConfigError(f"model.path {folder} has no {name} ({what}); set model.path to a complete checkpoint")
-    if not list(folder.glob("*.safetensors")):
-        raise ConfigError(f"model.path {folder} has no *.safetensors file; set model.path to a complete checkpoint")
-    return json.loads((folder / "config.json").read_text())
-
-
-def check_model(config: Config, model: dict[str, Any]) -> None:
-    """Refuse a layout that does not divide the model's heads, layers or vocabulary."""
-    tp, pp = config.layout.tensor_parallel, config.layout.pipeline_parallel
-    sizes = {
-        "attention heads": model["num_attention_heads"],
-        "key-value heads": model.get("num_key_value_heads", model["num_attention_heads"]),
-        "vocabulary entries": model["vocab_size"],
-        "MLP units": model["intermediate_size"],
-    }
-    for what, size in sizes.items():
-        if size % tp:
-            raise ConfigError(
-                f"layout.tensor_parallel {tp} does not divide the model's {size} {what}; set a divisor of {size}"
-            )
-    if model["num_hidden_layers"] % pp:
-        raise ConfigError(
-            f"layout.pipeline_parallel {pp} does not divide the model's {model['num_hidden_layers']} layers;"
-            f" set a divisor of {model['num_hidden_layers']}"
-        )
-    if config.objective.top_k >= model["vocab_size"]:
-        raise ConfigError(
-            f"objective.top_k {config.objective.top_k} must be smaller than the vocabulary of {model['vocab_size']}"
-        )
-    if config.model.max_length > model["max_position_embeddings"]:
-        raise ConfigError(
-            f"model.max_length {config.model.max_length} is beyond the model's {model['max_position_embeddings']} positions"
-        )

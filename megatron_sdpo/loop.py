@@ -29,7 +29,7 @@ from megatron_sdpo.rollout.journal import Journal, JournalError
 from megatron_sdpo.rollout.prompts import PromptStream
 from megatron_sdpo.rollout.sampler import Asked, Sampler
 from megatron_sdpo.teacher_context import build_contexts
-from megatron_sdpo.types import Batch, BatchSource, Checkpoints, Group, MetricsLog, Sample
+from megatron_sdpo.types import Batch, BatchSource, Checkpoints, Group, MetricsLog, Question, Sample
 
 if TYPE_CHECKING:  # the coordinator runs make_batch without torch
     from megatron_sdpo.mcore.learner import Learner
@@ -42,7 +42,7 @@ async def make_batch(
     """Attempts at the step's questions, judged, journalled, and given a teacher context each."""
     questions_P = prompts.at(step)
     groups = journal.groups(step)  # finished before an interruption: used, never sampled again
-    _check_same_questions(groups, [question.id for question in questions_P])
+    _check_same_questions(groups, questions_P)
     asked = [
         Asked(step, slot, question, config.rollout.attempts_per_prompt, config.rollout.temperature)
         for slot, question in enumerate(questions_P)
@@ -55,9 +55,7 @@ async def make_batch(
     for _, group in sorted(groups.items()):
         contexts, counted = build_contexts(group, config.teacher_context, tokens, config.seed)
         counts.update(counted)
-        for index, (attempt, verdict, context) in enumerate(
-            zip(group.attempts, group.verdicts, contexts, strict=True)
-        ):
+        for index, (attempt, verdict, context) in enumerate(zip(group.attempts, group.verdicts, contexts, strict=True)):
             samples.append(
                 Sample(
                     id=f"{step}/{group.slot}/{index}",
@@ -120,9 +118,10 @@ def _phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[f"time/{name}"] = time.perf_counter() - began
 
 
-def _check_same_questions(groups: dict[int, Group], ids_P: Sequence[str]) -> None:
+def _check_same_questions(groups: dict[int, Group], questions_P: Sequence[Question]) -> None:
     for slot, group in groups.items():
-        if slot >= len(ids_P) or group.question.id != ids_P[slot]:
+        asked = questions_P[slot] if 0 <= slot < len(questions_P) else None
+        if asked is None or (group.question.id, group.question.messages) != (asked.id, asked.messages):
             raise JournalError(
                 f"the journal of step {group.step} answers {group.question.id!r} at slot {slot}, which this run does"
                 " not ask; the run directory belongs to another task, seed or batch size, use a new one"

@@ -193,10 +193,10 @@ def _ratio(log_a_T: Tensor, log_b_T: Tensor) -> Tensor:
 
 
 def _capped_ratio(log_a_T: Tensor, log_b_T: Tensor, cap: float | None) -> Tensor:
-    """a / b without gradient, at most ``cap``; one everywhere when ``cap`` is None."""
+    """a / b, at most ``cap``; one everywhere when ``cap`` is None. Both inputs are constants to autograd."""
     if cap is None:
         return torch.ones_like(log_a_T)
-    return _ratio(log_a_T, log_b_T).detach().clamp(max=cap)
+    return _ratio(log_a_T, log_b_T).clamp(max=cap)
 
 
 def _summary(name: str, values_T: Tensor) -> Metrics:

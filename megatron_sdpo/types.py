@@ -31,7 +31,7 @@ class Message:
 class Question:
     """What is asked, and what its verifier needs to judge an answer.
 
-    Example: ``Question("train/17", (Message("user", "keep over 2, sum"),), {"operations": [["gt", 2], ["sum", None]]})``
+    Example: ``Question("train/17", (Message("user", "keep over 2, sum"),), {"operations": [["gt", 2], ["sum"]]})``
 
     ``payload`` is JSON data that only the task which made the question reads.
     """
@@ -152,7 +152,10 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class EngineAddress:
-    """Where an engine or the router answers HTTP. Example: ``EngineAddress("engine-0", "http://127.0.0.1:31000", 1)``"""
+    """Where an engine or the router answers HTTP.
+
+    Example: ``EngineAddress("engine-0", "http://127.0.0.1:31000", 1)``
+    """
 
     name: str
     url: str
@@ -201,6 +204,7 @@ class MetricsLog(Protocol):
     """Takes the numbers of one step; tracking.Tracker."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
 
 R = TypeVar("R")
 

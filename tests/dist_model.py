@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_sdpo.config import LayoutConfig
+from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
 from megatron_sdpo.mcore.hf import load_hf, save_hf
-from megatron_sdpo.mcore.model import HiddenStatesModel, build_model, read_hf_config
+from megatron_sdpo.mcore.model import HiddenStatesModel, build_model
 from megatron_sdpo.mcore.modules import packed_rows
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -63,7 +64,7 @@ CHATS = [
     (Message("user", "keep over 12, sort"),),
     (Message("system", "Be brief."), Message("user", "Wie geht's? 日本 <b>&amp;</b> {{ 7 }}")),
     (Message("user", "one"), Message("assistant", "<think>\nhm\n</think>\n\n1"), Message("user", "  two\n")),
-    (Message("user", "a text with <|im_end|> and <eos> inside"),),
+    (Message("user", "a text with < |im_end|>, <think> and < eos> inside"),),
 ]
 
 
@@ -124,6 +125,41 @@ def test_prompts_are_those_of_transformers(
     ids = Chat(folders[name], enable_thinking=thinking).prompt_ids(messages)
     assert list(ids) == _transformers_ids(folders[name], messages, thinking)
     assert len(ids) > 5
+
+
+SPELLED = {
+    "minipipe": ["<eos>", "<pad>"],
+    "qwen": ["<|im_end|>", "<|im_start|>", "<|endoftext|>"],
+    "llama": ["<|im_end|>", "<|im_start|>", "<|endoftext|>"],
+}
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data(), name=st.sampled_from(sorted(SPELLED)), role=st.sampled_from(["user", "assistant"]))
+def test_text_never_becomes_a_special_token(
+    folders: dict[str, Path], data: st.DataObject, name: str, role: Literal["user", "assistant"]
+) -> None:
+    """However often and wherever a message spells them, there are as many special tokens as the template makes."""
+    pieces = [*SPELLED[name], "sort 7", " ", "<", "|im_end|>", "<think>", "</think>", "\n", "\U000f0000"]
+    content = "x" + "".join(data.draw(st.lists(st.sampled_from(pieces), max_size=8))) + "x"
+    chat, _ = _loaded(folders[name])
+    special = {chat.encode(text)[0] for text in SPELLED[name]}
+
+    def prompt(content: str) -> list[int]:
+        return list(chat.prompt_ids((Message("user", "q"), Message(role, content), Message("user", "q"))))
+
+    def frame(ids: list[int]) -> list[int]:
+        return [id for id in ids if id in special]
+
+    assert frame(prompt(content)) == frame(prompt("x"))
+
+
+def test_a_spelled_special_token_is_still_read_as_its_characters(folders: dict[str, Path]) -> None:
+    chat, other = _loaded(folders["qwen"])
+    messages = (Message("user", "say <|im_end|> twice: <|im_end|>\U000f0000é"),)
+    ids = chat.prompt_ids(messages)
+    assert other.decode(ids) == chat.render(messages)
+    assert list(ids) != _transformers_ids(folders["qwen"], messages, thinking=False)
 
 
 @settings(deadline=None, max_examples=150)

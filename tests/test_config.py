@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sdpo import config as configuration
-from megatron_sdpo.config import Config, ConfigError, ModelConfig, TaskConfig, apply_overrides, check, check_model
+from megatron_sdpo.config import Config, ConfigError, ModelConfig, TaskConfig, apply_overrides, check
+from megatron_sdpo.hf_config import check_model, read_model_config
 
 BASE = Config(
     name="run", run_dir="runs/run", steps=4, model=ModelConfig(path="model"), task=TaskConfig(name="minipipe")
@@ -90,6 +91,16 @@ def test_overrides_read_plain_words() -> None:
         ("teacher_context.demonstrations=2", "it must be true or false"),
         ("objective.kind=ppo", "it must be one of sdpo, grpo, next_token"),
         ("objective.dual_clip=no", "it must be a number or none"),
+        ("engine.extra_args=--flag", "it must be a JSON list"),
+        ("task.options=7", "it must be a JSON object"),
+        ("optim.lr=NaN", "numbers must be finite"),
+        ("optim.lr=-Infinity", "numbers must be finite"),
+        ("optim.lr=1e999", "numbers must be finite"),
+        ("optim.lr=" + "9" * 400, "does not fit"),
+        ("optim.lr=" + "9" * 5000, "it must be a number"),
+        ("optim.lr=" + "[" * 100_000, "it must be a number"),
+        ("objective.dual_clip=NaN", "numbers must be finite"),
+        ('task.options.weights=[1, {"a": NaN}]', "numbers must be finite"),
     ],
 )
 def test_an_override_that_cannot_be_taken_is_refused(override: str, sentence: str) -> None:
@@ -107,15 +118,22 @@ def test_an_override_that_cannot_be_taken_is_refused(override: str, sentence: st
         ('{"optim": {"lrr": 4}}', "unknown configuration key 'optim.lrr'"),
         ('{"steps": "many"}', "steps='many' does not fit"),
         ('{"name": "run"}', "the configuration is not complete"),
+        ("[]", "the configuration is '[]'; it must be a JSON object"),
+        ("7", "the configuration is '7'; it must be a JSON object"),
+        ('{"model": 3}', "the section 'model' is '3'; it must be a JSON object"),
+        ('{"model": {"path": null}}', "model.path=None does not fit: it must be text"),
+        ('{"name": 7}', "name=7 does not fit: it must be text"),
+        ('{"optim": {"lr": NaN}}', "numbers must be finite"),
+        ("\udcff", "is not text"),
     ],
 )
 def test_a_file_that_cannot_be_loaded_is_refused(tmp_path: Path, text: str | None, sentence: str) -> None:
     path = tmp_path / "config.json"
     if text is not None:
-        path.write_text(text)
+        path.write_text(text, errors="surrogateescape")
     with pytest.raises(ConfigError) as error:
         configuration.load(path)
-    assert sentence in str(error.value)
+    assert sentence in str(error.value) and str(path) in str(error.value)
 
 
 POSITIVE = (
@@ -133,6 +151,14 @@ POSITIVE = (
     "checkpoint.every",
     "checkpoint.keep",
     "publish.bucket_bytes",
+    "model.max_length",
+    "engine.tensor_parallel",
+    "engine.max_running_requests",
+    "engine.max_total_tokens",
+    "rollout.verify_workers",
+    "teacher_context.max_prompt_tokens",
+    "evaluation.attempts",
+    "evaluation.questions",
 )
 
 
@@ -152,7 +178,15 @@ def test_sizes_must_be_positive(key: str) -> None:
         (["objective.alpha=-0.1"], "objective.alpha is -0.1"),
         (["teacher.update_rate=2"], "teacher.update_rate is 2"),
         (["rollout.temperature=0"], "set it above 0"),
-        (["rollout.max_staleness=-1"], "rollout.max_staleness is -1"),
+        (["rollout.max_staleness=-1"], "rollout.max_staleness is -1; it must be at least 0"),
+        (["evaluation.every=-1"], "evaluation.every is -1; it must be at least 0"),
+        (["publish.probe_tokens=1"], "publish.probe_tokens is 1; it must be at least 2"),
+        (["optim.min_lr_ratio=1.5"], "optim.min_lr_ratio is 1.5; it must lie between 0 and 1"),
+        (["engine.request_timeout_s=0"], "engine.request_timeout_s is 0.0; set it above 0"),
+        (["engine.port=65535"], "engine.port is 65535; it and the 1 after it must be below 65536"),
+        (["engine.max_total_tokens=100"], "cannot hold one sequence of model.max_length 8192"),
+        (["run_dir="], "run_dir is empty; set it"),
+        (["model.path="], "model.path is empty; set it"),
         (["objective.kind=grpo", "rollout.attempts_per_prompt=1"], "set rollout.attempts_per_prompt to 2 or more"),
     ],
 )
@@ -200,7 +234,7 @@ def test_an_incomplete_model_directory_is_refused_until_it_is_complete(tmp_path:
 
     def refusal() -> str:
         with pytest.raises(ConfigError) as error:
-            configuration.read_model_config(config)
+            read_model_config(config)
         return str(error.value)
 
     assert "is not a directory" in refusal()
@@ -211,7 +245,7 @@ def test_an_incomplete_model_directory_is_refused_until_it_is_complete(tmp_path:
     (folder / "tokenizer.json").write_text("{}")
     assert "has no *.safetensors file" in refusal()
     (folder / "model.safetensors").touch()
-    assert configuration.read_model_config(config) == MODEL
+    assert read_model_config(config) == MODEL
 
 
 def test_the_leaves_cover_the_whole_tree() -> None:
@@ -224,3 +258,12 @@ def test_the_leaves_cover_the_whole_tree() -> None:
         "model.path",
         "task.name",
     }
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "7"])
+def test_a_damaged_model_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    for name in ("tokenizer.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_model_config(apply_overrides(BASE, [f"model.path={tmp_path}"]))

@@ -213,8 +213,11 @@ def test_k_one_below_the_vocabulary_is_the_full_divergence(alpha: float) -> None
     _, values_T, _ = compute(student_TV, teacher_TV, alpha, VOCABULARY - 1, True)
     p_TV, q_TV = naive.log_probs(student_TV).exp(), naive.log_probs(teacher_TV).exp()
     torch.testing.assert_close(values_T.double(), naive.bin_divergence(p_TV, q_TV, alpha), rtol=1e-5, atol=1e-6)
-    _, all_T, _ = compute(student_TV, teacher_TV, alpha, VOCABULARY, True)  # an empty tail
-    torch.testing.assert_close(all_T, values_T, rtol=1e-5, atol=1e-6)
+    ids_TK = dv.student_support(student_TV, VOCABULARY)  # nothing is left for the tail, known or inferred
+    for with_tail in (True, False):
+        teacher_TB = dv.support_log_probs(teacher_TV, ids_TK, with_tail=with_tail)
+        all_T = dv.divergence(student_TV, ids_TK, teacher_TB, alpha)
+        torch.testing.assert_close(all_T, values_T, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mass", [1e-6, 1e-9, 1e-30])

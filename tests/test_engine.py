@@ -1,15 +1,10 @@
-"""The real SGLang server on a tiny model: generation, control, and the life of its processes."""
+"""The real SGLang server on a tiny model: generation, and control of its weights."""
 
 import asyncio
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,14 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed import distributed_c10d as c10d
 
-from megatron_sdpo.config import ConfigError
 from megatron_sdpo.rollout.client import EngineClient, Generated
 from megatron_sdpo.rollout.control import EngineControl, EngineError
-from megatron_sdpo.rollout.fleet import Fleet, read_address, read_engines
 from megatron_sdpo.types import EngineAddress
-from tests.conftest import TOKEN, Engine, engine_config
+from tests.conftest import TOKEN, Engine
 from tests.tiny_model import EOS_ID, reference_log_probs, write_tiny_checkpoint
 
 PROMPT = [5, 17, 80, 33, 9, 61, 4, 28, 99, 12, 7, 50]
@@ -152,8 +146,8 @@ def test_weights_over_a_process_group(
     generate([engine.address])  # leaves prefixes of the old weights in the cache
     control.probe_log_probs(PROBE)
     with control.weight_update():
-        group.send(load_file(other_checkpoint / "model.safetensors"), weight_version="5", flush_cache=False)
-    assert control.weight_version() == 5
+        group.send(load_file(other_checkpoint / "model.safetensors"), weight_version="5-705bea21", flush_cache=False)
+    assert (control.weight_version(), control.weight_stamp()) == (5, "5-705bea21")
     assert_probe_is(control, other_checkpoint)
     control.flush_cache()
     samples = generate([engine.address])
@@ -223,7 +217,7 @@ class Group:
     def __init__(self, control: EngineControl) -> None:
         self._control = control
         self._pool = ThreadPoolExecutor(1)
-        store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+        store = TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
         joined = self._pool.submit(
             control.init_weights_update_group,
             master_address="127.0.0.1",
@@ -234,10 +228,18 @@ class Group:
             backend="gloo",
         )
         # torch's public functions make subgroups of one world only; SGLang makes its side in this way too
-        self._group, _ = c10d._new_process_group_helper(
-            2, 0, [], c10d.Backend("gloo"), c10d.PrefixStore(self.name, store), group_name=self.name
+        group, _ = c10d._new_process_group_helper(
+            2,
+            0,
+            [],
+            c10d.Backend("gloo"),
+            c10d.PrefixStore(self.name, store),
+            group_name=self.name,  # pyright: ignore[reportArgumentType]
+            timeout=c10d.default_pg_timeout,
         )
-        c10d._world.pg_group_ranks[self._group] = {0: 0, 1: 1}
+        assert isinstance(group, dist.ProcessGroup)
+        self._group = group
+        c10d._world.pg_group_ranks[group] = {0: 0, 1: 1}
         joined.result(timeout=60)
 
     def announce(self, tensors: dict[str, torch.Tensor], group_name: str = name, **settings: object) -> None:
@@ -302,131 +304,3 @@ class FakeOldEngine:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
-
-
-# --- processes ---
-
-
-def test_addresses_are_written(engine: Engine) -> None:
-    assert read_engines(engine.run_dir) == (engine.address,)
-    router = read_address(engine.run_dir, "router")
-    assert router is not None
-    assert router.url == engine.address.url
-    assert read_address(engine.run_dir, "engine-1") is None
-
-
-def test_a_taken_port_is_refused_at_once(engine: Engine, tmp_path: Path) -> None:
-    port = int(engine.address.url.rpartition(":")[2])
-    fleet = Fleet(engine_config(tmp_path, engine.checkpoint, port=port), tmp_path, TOKEN)
-    with pytest.raises(ConfigError, match=rf"port {port} on 127\.0\.0\.1 .*set engine\.port"):
-        fleet.start()
-
-
-def test_a_foreign_host_is_refused_at_once(engine: Engine, tmp_path: Path) -> None:
-    fleet = Fleet(engine_config(tmp_path, engine.checkpoint, host="192.0.2.1"), tmp_path, TOKEN)
-    with pytest.raises(ConfigError, match=r"engine\.host 192\.0\.2\.1"):
-        fleet.start()
-
-
-def test_an_engine_that_dies_at_start_shows_the_end_of_its_log(engine: Engine, tmp_path: Path) -> None:
-    config = engine_config(tmp_path, engine.checkpoint, extra_args=("--no-such-argument",))
-    with pytest.raises(EngineError, match="engine-0 at start: ended with exit code 2") as caught:
-        Fleet(config, tmp_path, TOKEN).start()
-    assert "unrecognized arguments: --no-such-argument" in str(caught.value)
-    assert read_engines(tmp_path) == ()
-
-
-def test_nothing_survives_an_engine_that_is_killed(engine: Engine, tmp_path: Path) -> None:
-    fleet = Fleet(engine_config(tmp_path, engine.checkpoint), tmp_path, TOKEN)
-    with fleet:
-        leader = fleet.process_ids()["engine-0"]
-        assert len(session_members(leader)) >= 3  # server, scheduler, detokenizer
-        assert fleet.dead() == ()
-        os.kill(leader, signal.SIGKILL)
-        wait_until(lambda: not session_members(leader))
-        (ended,) = fleet.dead()
-        assert (ended.name, ended.exit_code) == ("engine-0", -signal.SIGKILL)
-        assert "ready to roll" in ended.log_tail
-
-
-def test_stop_leaves_no_process_and_no_address(engine: Engine, tmp_path: Path) -> None:
-    fleet = Fleet(engine_config(tmp_path, engine.checkpoint), tmp_path, TOKEN)
-    fleet.start()
-    leader = fleet.process_ids()["engine-0"]
-    fleet.stop()
-    assert session_members(leader) == []
-    assert read_engines(tmp_path) == ()
-    fleet.stop()
-
-
-HOLDER = """
-import sys
-from pathlib import Path
-from tests.conftest import engine_config
-from megatron_sdpo.rollout.fleet import Fleet
-run_dir, checkpoint = map(Path, sys.argv[1:])
-Fleet(engine_config(run_dir, checkpoint), run_dir, "a-test-token").start()
-"""
-
-
-def test_nothing_survives_the_process_that_started_the_engine(engine: Engine, tmp_path: Path) -> None:
-    """It is killed while the engine's own children are still starting, the hardest moment."""
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path), str(engine.checkpoint)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-    )
-    try:
-        wait_until(lambda: any(len(session_members(child)) >= 3 for child in children(holder.pid)))
-        (leader,) = children(holder.pid)
-    finally:
-        holder.kill()
-        holder.wait()
-    wait_until(lambda: not session_members(leader))
-
-
-@pytest.mark.slow
-def test_two_engines_behind_the_router(engine: Engine, tmp_path: Path) -> None:
-    with Fleet(engine_config(tmp_path, engine.checkpoint, count=2), tmp_path, TOKEN) as fleet:
-        leaders = list(fleet.process_ids().values())
-        assert len(leaders) == 3
-        router = read_address(tmp_path, "router")
-        assert router is not None
-        assert router.url not in {address.url for address in read_engines(tmp_path)}
-        for _ in range(4):
-            assert_log_probs_match(engine.checkpoint, generate([router]), 1.0)
-        assert len(generate([router], n=2, seed=1)) == 2
-        with pytest.raises(EngineError) as caught:
-            generate([router], token="wrong")
-        assert caught.value.status == 401
-        for name in ("engine-0", "engine-1"):
-            assert "#new-seq: 4" in (tmp_path / "logs" / f"{name}.log").read_text()
-        assert TOKEN not in (tmp_path / "logs" / "router.log").read_text()
-    assert not any(session_members(leader) for leader in leaders)
-
-
-def process_table() -> dict[int, tuple[str, int, int]]:
-    """Process id -> (state, parent, session)."""
-    table = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has just ended
-            continue
-        table[int(path.parent.name)] = (fields[0], int(fields[1]), int(fields[3]))
-    return table
-
-
-def session_members(leader: int) -> list[int]:
-    """The processes of a session that still run; ended ones that nobody has waited for do not count."""
-    return [pid for pid, (state, _, session) in process_table().items() if session == leader and state not in "ZX"]
-
-
-def children(parent: int) -> list[int]:
-    return [pid for pid, (state, its_parent, _) in process_table().items() if its_parent == parent and state != "Z"]
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"still waiting after {timeout_s} s"
-        time.sleep(0.02)

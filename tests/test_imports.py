@@ -27,7 +27,7 @@ VENDORS = {
     "tensorboard": ("megatron_sdpo/tracking.py",),
     "torch.utils.tensorboard": ("megatron_sdpo/tracking.py",),
 }
-COORDINATOR = ("types", "config", "tasks", "sandbox", "chat", "rollout", "teacher_context")
+COORDINATOR = ("types", "config", "hf_config", "tasks", "sandbox", "chat", "rollout", "teacher_context")
 
 
 def order() -> list[str]:

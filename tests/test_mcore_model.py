@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_sdpo.config import ConfigError
+from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore.hf import HfCheckpoint
-from megatron_sdpo.mcore.model import read_hf_config
 from megatron_sdpo.mcore.modules import packed_rows
 from tests.hf_reference import reference
 from tests.launch import run_ranks

@@ -49,9 +49,7 @@ class Coordinator:
     async def _make(self, step: int, before: asyncio.Task[Batch] | None) -> Batch:
         if before is not None:
             await before
-        return await make_batch(
-            step, self._config, self._prompts, self._sampler, self._journal, self._tokens
-        )
+        return await make_batch(step, self._config, self._prompts, self._sampler, self._journal, self._tokens)
 
 
 async def run(run_dir: RunDir) -> None:

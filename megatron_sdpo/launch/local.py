@@ -30,7 +30,9 @@ class Interrupted(RuntimeError):
     """A signal asked the run to stop. ``number`` is the signal's."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; the same command continues from the last checkpoint")
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}; the same command continues from the last checkpoint"
+        )
         self.number = number
 
 
@@ -124,7 +126,7 @@ def _watch(roles: Sequence[_Role], fleet: Fleet, run_dir: RunDir) -> None:
 
 def _words(name: str, code: int, why: str) -> str:
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return f"{name} {how}; all roles were stopped, the same command continues from the last checkpoint.\n{why}"
+    return f"{name} {how}; all roles were stopped, the same command continues from the last checkpoint.\n{why}".strip()
 
 
 def _stop(roles: Sequence[_Role]) -> None:

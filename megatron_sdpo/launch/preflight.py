@@ -2,37 +2,65 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from megatron_sdpo import config as configuration
 from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config, ConfigError
+from megatron_sdpo.hf_config import check_model, read_hf_config, read_model_config
 from megatron_sdpo.rollout.fleet import check_ports
 from megatron_sdpo.rollout.prompts import PromptStream, check_lengths
 from megatron_sdpo.tasks import load_task
 from megatron_sdpo.teacher_context import check_templates
 
-MODEL_FAMILIES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen2ForCausalLM")
 
+def check_run(config: Config, must_evaluate: bool = False) -> None:
+    """Refuse a run that cannot work, with one sentence (ConfigError); reads files, starts nothing, writes nothing.
 
-def check_run(config: Config) -> None:
-    """Refuse a run that cannot work, with one sentence (ConfigError); reads files, starts nothing, writes nothing."""
+    ``must_evaluate``: held-out questions are needed whatever ``evaluation.every`` says.
+    """
     configuration.check(config)
-    model = configuration.read_model_config(config)
-    configuration.check_model(config, model)
-    tokens = Chat(config.model.path)
-    if tokens.vocab_size > model["vocab_size"]:
-        raise ConfigError(
-            f"the tokenizer of {config.model.path} has {tokens.vocab_size} ids, its model only {model['vocab_size']}"
-        )
+    model, tokens = _read_model(config)
+    check_model(config, model)
+    _check_teacher_length(config, model)
     check_templates(config.teacher_context)
     task = load_task(config.task.name, **config.task.options)
     PromptStream(task.train_questions(), config.rollout.prompts_per_step, config.seed)
-    if config.evaluation.every and not task.eval_questions():
-        raise ConfigError("the task has no held-out questions; set evaluation.every=0")
+    if not task.eval_questions() and (must_evaluate or config.evaluation.every):
+        hint = "" if must_evaluate else "; set evaluation.every=0"
+        raise ConfigError(f"the task {config.task.name!r} has no held-out questions{hint}")
     questions = [*task.train_questions(), *task.eval_questions()]
     check_lengths(questions, tokens, config.rollout.max_new_tokens, config.model.max_length)
     check_ports(config)
     _check_run_dir(Path(config.run_dir))
+
+
+def check_engines(config: Config) -> None:
+    """The same for engines alone, which answer whatever is asked."""
+    configuration.check(config)
+    _read_model(config)
+    check_ports(config)
+    _check_run_dir(Path(config.run_dir))
+
+
+def _read_model(config: Config) -> tuple[dict[str, Any], Chat]:
+    read_model_config(config)
+    model, tokens = read_hf_config(config.model.path), Chat(config.model.path)
+    if tokens.vocab_size > model["vocab_size"]:
+        raise ConfigError(
+            f"the tokenizer of {config.model.path} has {tokens.vocab_size} ids, its model only {model['vocab_size']}"
+        )
+    return model, tokens
+
+
+def _check_teacher_length(config: Config, model: dict[str, Any]) -> None:
+    prompt, response = config.teacher_context.max_prompt_tokens, config.rollout.max_new_tokens
+    positions = model["max_position_embeddings"]
+    if config.objective.kind == "sdpo" and prompt + response > positions:
+        raise ConfigError(
+            f"teacher_context.max_prompt_tokens {prompt} with rollout.max_new_tokens {response} is beyond the model's"
+            f" {positions} positions; lower teacher_context.max_prompt_tokens to {positions - response} or less"
+        )
 
 
 def _check_run_dir(path: Path) -> None:

@@ -68,9 +68,9 @@ class RunDir:
             for folder in (self.path, self.attempts, self.checkpoints, self.logs, self.addresses):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"run_dir {self.path} cannot be written ({error.strerror}); set another run_dir") from error
-        if self.config.exists() and self.has_progress():
-            _check_same_run(configuration.load(self.config), config, self.path)
+            raise self._not_writable(error) from error
+        self.check_resumable(config)
+        self._set_logs_aside()
         for stale in (*self.addresses.iterdir(), *self.logs.glob("*.failure")):
             stale.unlink()
         self.token_file.unlink(missing_ok=True)
@@ -78,6 +78,21 @@ class RunDir:
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_urlsafe(32))
         configuration.save(config, self.config)
+
+    def _set_logs_aside(self) -> None:
+        """``logs/X.log`` is always of the newest start; those of earlier ones are in ``logs/earlier-N/``."""
+        logs = list(self.logs.glob("*.log"))
+        if not logs:
+            return
+        earlier = self.logs / f"earlier-{len(list(self.logs.glob('earlier-*'))) + 1}"
+        earlier.mkdir()
+        for log in logs:
+            log.rename(earlier / log.name)
+
+    def check_resumable(self, config: Config) -> None:
+        """Refuse to continue another run (ConfigError): one with progress, whose settings differ in what they mean."""
+        if self.config.exists() and self.has_progress():
+            _check_same_run(configuration.load(self.config), config, self.path)
 
     def report_failure(self, role: str, failure: BaseException) -> None:
         """Leave the words of a role's first failure for whoever started it (``failure_of``)."""
@@ -92,18 +107,27 @@ class RunDir:
 
     def has_progress(self) -> bool:
         """Something was sampled or trained here; until then the configuration may still change freely."""
-        return any(self.attempts.iterdir()) or any(self.checkpoints.iterdir())
+        return any(any(folder.iterdir()) for folder in (self.attempts, self.checkpoints) if folder.is_dir())
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory; ConfigError when another start of the same run does."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("a") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / "lock").open("a")
+        except OSError as error:
+            raise self._not_writable(error) from error
+        with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ConfigError(f"another process is running in {self.path}; stop it or set another run_dir") from None
+                raise ConfigError(
+                    f"another process is running in {self.path}; stop it or set another run_dir"
+                ) from None
             yield
+
+    def _not_writable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"run_dir {self.path} cannot be written ({error.strerror}); set another run_dir")
 
     def publish_address(self, name: str, address: str) -> None:
         """Say where a role listens, atomically."""

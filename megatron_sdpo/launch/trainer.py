@@ -112,8 +112,10 @@ def _read(path: Path) -> str | None:
         return None
 
 
-if __name__ == "__main__":  # checkpoint writers start processes which import this module again
+if __name__ in ("__main__", "__mp_main__"):  # the second: processes that checkpoint writers start, which stay idle
     lifeline.tie_to_parent()
+
+if __name__ == "__main__":
     here = RunDir(Path(sys.argv[1]))
     try:
         run(here)

@@ -1,7 +1,8 @@
 """Sharded checkpoints of everything that training depends on, written and found atomically.
 
-``checkpoints/step-00000012/`` appears by rename only when it is complete, so whatever has that name
-can be loaded; the newest one is where a run resumes.
+``checkpoints/step-00000012/`` appears by rename only when it is complete, and leaves by rename before its files are
+deleted, so whatever has that name can be loaded; the newest one is where a run resumes, under the same layout or
+another.
 """
 
 import re
@@ -23,6 +24,7 @@ from megatron_sdpo.mcore.model import HiddenStatesModel
 
 _NAME = re.compile(r"step-(\d{8})$")
 _TEMPORARY = ".writing"
+_CONDEMNED = ".deleting"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,28 +46,42 @@ def save(learner: Learner, folder: Path, cursor: int, keep: int) -> Path:
     """Write ``step-N`` from all ranks, then delete all but the newest ``keep``. Blocks until the files are complete."""
     final = folder / f"step-{learner.step:08d}"
     temporary = final.with_name(final.name + _TEMPORARY)
-    _on_first_rank(learner, lambda: _fresh(temporary))
+
+    def prepare() -> None:
+        for leftover in (*folder.glob(f"*{_TEMPORARY}"), *folder.glob(f"*{_CONDEMNED}")):  # of a killed writer
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+
+    _on_first_rank(learner, prepare)
     state = _tensors(learner, loading=False)
     state["progress"] = {"step": learner.step, "cursor": cursor}
+    state["world_size"] = learner.groups.world_size
     dist_checkpointing.save(state, str(temporary))
 
     def finish() -> None:
-        shutil.rmtree(final, ignore_errors=True)  # written again after a resume from an older one
+        if final.exists():  # written again after a resume from an older one
+            _remove(final)
         temporary.rename(final)
         for step in steps(folder)[:-keep]:
-            shutil.rmtree(folder / f"step-{step:08d}")
+            _remove(folder / f"step-{step:08d}")
 
     _on_first_rank(learner, finish)
     return final
 
 
 def load_latest(learner: Learner, folder: Path) -> Resumed | None:
-    """Load the newest complete checkpoint into model, optimizer, teacher and generators; None when there is none."""
+    """Load the newest complete checkpoint into model, optimizer, teacher and generators; None when there is none.
+
+    The layout may have changed since. Generator states belong to ranks: in a world of another size they stay as the
+    seed set them.
+    """
     found = steps(folder)
     if not found:
         return None
     path = folder / f"step-{found[-1]:08d}"
     template = _tensors(learner, loading=True)
+    if dist_checkpointing.load_common_state_dict(str(path))["world_size"] != learner.groups.world_size:
+        del template["rng"]
     state = dist_checkpointing.load(template, str(path))
     with torch.no_grad():
         learner.model.load_state_dict(state["model"])
@@ -73,7 +89,8 @@ def load_latest(learner: Learner, folder: Path) -> Resumed | None:
             for (name, _), weight in zip(learner.model.named_parameters(), learner.teacher.tensors, strict=True):
                 weight.copy_(state["teacher"][name])
         learner.optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
+    if "rng" in state:
+        torch.set_rng_state(state["rng"])
     progress = Resumed(**state["progress"])
     learner.step = progress.step
     return progress
@@ -83,8 +100,10 @@ def find(folder: Path, step: int | None) -> Path:
     """The checkpoint of a step, or the newest; ConfigError when it is not there."""
     found = steps(folder)
     if not found or (step is not None and step not in found):
-        there = ", ".join(map(str, found)) or "none"
-        raise ConfigError(f"{folder} has no complete checkpoint of step {step or 'any'}; there are: {there}")
+        wanted = "" if step is None else f" of step {step}"
+        raise ConfigError(
+            f"{folder} has no complete checkpoint{wanted}; there are: {', '.join(map(str, found)) or 'none'}"
+        )
     return folder / f"step-{found[-1] if step is None else step:08d}"
 
 
@@ -98,7 +117,8 @@ def load_model(model: HiddenStatesModel, path: Path) -> None:
 def save_model(model: HiddenStatesModel, path: Path) -> None:
     """Only the weights, into a new directory that appears complete or not at all."""
     temporary = path.with_name(path.name + _TEMPORARY)
-    _fresh(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed writer
+    temporary.mkdir(parents=True)
     dist_checkpointing.save({"model": model.sharded_state_dict(prefix="", metadata=_metadata())}, str(temporary))
     temporary.rename(path)
 
@@ -129,9 +149,10 @@ def _teacher_shards(learner: Learner, metadata: dict[str, Any]) -> dict[str, Any
     return {name: shards[f"teacher.{name}"] for name in parameters}
 
 
-def _fresh(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; killed on the way, it leaves nothing that has a checkpoint's name."""
+    condemned = path.rename(path.with_name(path.name + _CONDEMNED))
+    shutil.rmtree(condemned)
 
 
 def _on_first_rank(learner: Learner, action: Callable[[], None]) -> None:

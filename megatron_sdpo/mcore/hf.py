@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_sdpo.config import ConfigError, LayoutConfig
+from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore import names, platform
 from megatron_sdpo.mcore.groups import ParallelGroups
-from megatron_sdpo.mcore.model import read_hf_config
 
 _INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 4 << 30

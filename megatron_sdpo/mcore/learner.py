@@ -16,15 +16,15 @@ from megatron_sdpo import batching, objective
 from megatron_sdpo.batching import MicroBatch, View
 from megatron_sdpo.config import Config
 from megatron_sdpo.divergence import sampled_log_probs, student_support, support_log_probs
+from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore import optimizer as optim
 from megatron_sdpo.mcore import platform
 from megatron_sdpo.mcore.forward import forward_backward, score
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import load_hf
-from megatron_sdpo.mcore.model import build_model, read_hf_config
+from megatron_sdpo.mcore.model import build_model
 from megatron_sdpo.teacher import TeacherWeights
 from megatron_sdpo.types import Batch, Sample
-
 
 _TOTAL = "loss/total"
 """The weighted sum that is minimised: already whole, not to be divided by tokens."""
@@ -32,7 +32,7 @@ _TOTAL = "loss/total"
 
 @dataclass(frozen=True, slots=True)
 class StudentScores:
-    """Per sample position, on the last stage: ``old_log_probs`` fp32 ``[R]``, ``support_ids`` int64 ``[R, K]`` (SDPO only)."""
+    """Per sample position, on the last stage: log-probs fp32 ``[R]``, and for SDPO support ids int64 ``[R, K]``."""
 
     old_log_probs: dict[int, Tensor]
     support_ids: dict[int, Tensor]
@@ -40,13 +40,13 @@ class StudentScores:
 
 @dataclass(frozen=True, slots=True)
 class TeacherScores:
-    """Per sample position, on the last stage: fp32 ``[R, K + 1]``, log-probs at the student's support and of the tail."""
+    """Per sample position, on the last stage: log-probs fp32 ``[R, K + 1]``, at the student's support and the tail."""
 
     log_probs: dict[int, Tensor]
 
 
 class Learner:
-    """Model, optimizer and teacher of one rank. ``step`` is the version of the weights: generation batches trained on."""
+    """Model, optimizer and teacher of one rank. ``step``, the version of the weights, counts generation batches."""
 
     def __init__(self, config: Config, groups: ParallelGroups) -> None:
         self.config, self.groups = config, groups
@@ -55,9 +55,7 @@ class Learner:
         self.model = build_model(self.hf_config, config.layout, groups, getattr(torch, config.model.dtype))
         load_hf(self.model, config.model.path, groups, config.layout)
         self.ddp, self.optimizer = optim.wrap(self.model, config.optim)
-        self.teacher = TeacherWeights(
-            optim.masters(self.model), config.teacher.kind, config.teacher.update_rate
-        )
+        self.teacher = TeacherWeights(optim.masters(self.model), config.teacher.kind, config.teacher.update_rate)
         self.step = 0
 
     def score_student(self, batch: Batch) -> StudentScores:
@@ -97,16 +95,13 @@ class Learner:
             return TeacherScores(_merge(score(self.model, self._cut(batch.samples, shares, "teacher"), on_logits)))
 
     def train(self, batch: Batch, student: StudentScores, teacher: TeacherScores) -> dict[str, float]:
-        """One optimizer step per mini-batch; metrics are means over them. Advances ``step``."""
+        """One optimizer step per mini-batch; metrics are means over them, of ``/max`` the largest. Advances ``step``."""
         rate = optim.learning_rate(self.config.optim, self.step, self.config.steps)
-        optim.set_learning_rate(self.optimizer, rate)
-        mini_batches = self._mini_batches(batch)
-        totals: dict[str, float] = {}
-        for chosen in mini_batches:
-            metrics = self._optimizer_step(batch.samples, chosen, student, teacher)
-            for key, value in metrics.items():
-                totals[key] = totals.get(key, 0.0) + value / len(mini_batches)
+        optim.set_rates(self.optimizer, rate, self.config.optim.weight_decay)
+        found = [self._optimizer_step(batch.samples, chosen, student, teacher) for chosen in self._mini_batches(batch)]
         self.step += 1
+        columns = {key: [metrics[key] for metrics in found] for key in found[0]}
+        totals = {key: max(c) if key.endswith("/max") else sum(c) / len(c) for key, c in columns.items()}
         return {**totals, "optim/lr": rate}
 
     def update_teacher(self) -> None:
@@ -206,7 +201,7 @@ class Learner:
         return batching.deal(len(batch.samples), count, self.config.seed, batch.step)
 
     def _shares(self, batch: Batch) -> list[list[int]]:
-        """Every data rank's samples: as the training passes deal them, so that scores are found where they are needed."""
+        """Every data rank's samples, dealt as in the training passes: scores are then found where they are needed."""
         costs = _costs(batch.samples)
         dealt = [batching.assign(costs, chosen, self.groups.data_size) for chosen in self._mini_batches(batch)]
         return [[i for shares in dealt for i in shares[rank]] for rank in range(self.groups.data_size)]

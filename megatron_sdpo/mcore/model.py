@@ -1,45 +1,21 @@
 """A Hugging Face config becomes one pipeline stage of a Megatron model that ends in hidden states."""
 
 import importlib.util
-import json
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_sdpo.config import ConfigError, LayoutConfig
+from megatron_sdpo.config import LayoutConfig
 from megatron_sdpo.mcore import platform
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.modules import PackedRows, cpu_block_spec
-
-_FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
-_NEEDED = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
-    *("rms_norm_eps", "max_position_embeddings", "hidden_act"),
-)
-_READ = {
-    *(*_NEEDED, "architectures", "model_type", "head_dim", "num_key_value_heads", "tie_word_embeddings"),
-    *("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window", "layer_types"),
-}
-_ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,  # Qwen2's bias of queries, keys and values goes without saying
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "rope_interleaved": False,
-    "partial_rotary_factor": 1.0,
-    "pretraining_tp": 1,
-}
-_NEUTRAL = {  # keys that do not change what the model computes
-    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "dtype", "torch_dtype", "initializer_range"),
-    *("transformers_version", "use_cache", "max_window_layers", "is_llama_config", "transformers.js_config"),
-    *("return_dict", "chunk_size_feed_forward", "id2label", "label2id", "problem_type"),
-}
 
 
 class HiddenStatesModel(GPTModel):
@@ -79,63 +55,6 @@ class HiddenStatesModel(GPTModel):
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
-
-
-def read_hf_config(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's config.json with its defaults filled in (``head_dim``, ``num_key_value_heads``, ``rope_theta``,
-    ``tie_word_embeddings``); ConfigError names an architecture, key or value that is not supported here.
-    """
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise ConfigError(
-            f"model.path {path} has no config.json; set model.path to a Hugging Face checkpoint directory"
-        )
-    hf = json.loads(file.read_text())
-    _check_family(hf, file)
-    _check_values(hf, file)
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    for key, value in rope.items():
-        if key != "rope_theta" and value not in ("default", None):
-            raise ConfigError(f"{file} has rotary scaling {key}={value!r}; only plain rotary embedding is supported")
-    heads = hf["num_attention_heads"]
-    defaults = {
-        "head_dim": hf["hidden_size"] // heads,
-        "num_key_value_heads": heads,
-        "rope_theta": rope.get("rope_theta", 10000.0),
-        "tie_word_embeddings": False,
-    }
-    return {**hf, **{key: value for key, value in defaults.items() if hf.get(key) is None}}
-
-
-def _check_family(hf: dict[str, Any], file: Path) -> None:
-    architectures = hf.get("architectures") or ["None"]
-    family = _FAMILIES.get(architectures[0])
-    if len(architectures) != 1 or family is None:
-        raise ConfigError(
-            f"{file} has the architecture {architectures[0]!r}; supported are {', '.join(map(str, _FAMILIES))}"
-        )
-    if hf.get("model_type") != family:
-        raise ConfigError(f"{file} has model_type {hf.get('model_type')!r}; {architectures[0]} must have {family!r}")
-    needed = _NEEDED if family != "qwen3" else (*_NEEDED, "head_dim")  # whose default is not hidden_size / heads
-    for key in needed:
-        if hf.get(key) is None:
-            raise ConfigError(f"{file} does not say {key}; use a complete Hugging Face configuration")
-
-
-def _check_values(hf: dict[str, Any], file: Path) -> None:
-    """A key that changes the model must have the value that is built here; a key nobody here knows must be off."""
-    windowed = hf.get("sliding_window") is not None and hf.get("use_sliding_window") is not False
-    if windowed or set(hf.get("layer_types") or ()) - {"full_attention"}:
-        raise ConfigError(f"{file} asks for sliding-window attention, which is not supported; only full attention is")
-    for key, value in hf.items():
-        if key in _ONLY and value not in (_ONLY[key], None):
-            raise ConfigError(f"{file} has {key}={value!r}, which is not supported; only {key}={_ONLY[key]!r} is")
-        known = key in _READ or key in _ONLY or key in _NEUTRAL or key.startswith("_")
-        if not known and value not in (None, False, [], {}):
-            raise ConfigError(
-                f"{file} has {key}={value!r}, which this package does not know; remove the key if the model is the same"
-                " without it"
-            )
 
 
 def transformer_config(hf: dict[str, Any], layout: LayoutConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -192,7 +111,22 @@ def build_model(
         rotary_base=hf["rope_theta"],
         rotary_in_attention=not _transformer_engine(),
     )
+    _mark_shards(model)
     return model.to(platform.device())
+
+
+def _mark_shards(model: torch.nn.Module) -> None:
+    """Say which weights are cut over the tensor group. Megatron says so only while it initialises weights.
+
+    A weight without the mark passes for a copy of tensor rank 0's, so the gradient norm would leave the other ranks'
+    shards out. Transformer Engine's modules mark their own.
+    """
+    for module in model.modules():
+        if not isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            continue
+        if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            axis = 1 if isinstance(module, RowParallelLinear) else 0
+            set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
 
 def _transformer_engine() -> bool:

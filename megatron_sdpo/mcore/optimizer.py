@@ -55,6 +55,11 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left)
 
 
-def set_learning_rate(optimizer: Any, rate: float) -> None:
+def set_rates(optimizer: Any, rate: float, weight_decay: float) -> None:
+    """Learning rate and weight decay of the next step; norms and biases do not decay.
+
+    Megatron's parameter groups only carry the multipliers: its own scheduler, not used here, would apply them.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_mult", 1.0)
+        group["lr"] = rate * group["lr_mult"]
+        group["weight_decay"] = weight_decay * group["wd_mult"]

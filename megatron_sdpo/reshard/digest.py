@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 20
-_PRIME = 65_521
 
 
-def checksum(tensor: Tensor) -> int:
-    """A 64-bit sum of the tensor's bytes, weighted by place, so that swapped values show; computed where it lies."""
+def checksum(tensor: Tensor, chunk: int = _CHUNK) -> int:
+    """A 64-bit sum of the tensor's bytes, each times its place, so that any change of one byte and any two bytes
+    swapped show. Computed where the tensor lies, ``chunk`` bytes at a time (that does not change the result).
+    """
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     total = torch.zeros((), dtype=torch.int64, device=data.device)
-    for start in range(0, data.numel(), _CHUNK):
-        part = data[start : start + _CHUNK].to(torch.int64)
-        place = torch.arange(start, start + part.numel(), device=data.device) % _PRIME + 1
+    for start in range(0, data.numel(), chunk):
+        part = data[start : start + chunk].to(torch.int64)
+        place = torch.arange(start + 1, start + 1 + part.numel(), device=data.device)
         total += (part * place).sum()  # wraps around at 2**64, on every device alike
     return int(total)
 

@@ -35,11 +35,13 @@ def gather(
     pairs = []
     for parameter in bucket.parameters:
         local = shards.get(parameter.local, [own[parameter.local].detach()])
-        pieces = [names.split(parameter.tensors, shard, hf_config) for shard in local]
+        pieces: list[list[Tensor]] = [names.split(parameter.tensors, shard, hf_config) for shard in local]
         for tensor, parts in zip(parameter.tensors, zip(*pieces, strict=True), strict=True):
-            whole = torch.cat(parts, tensor.tp_axis) if len(parts) > 1 else parts[0]  # pyright: ignore[reportArgumentType]
+            whole = parts[0] if tensor.tp_axis is None else torch.cat(parts, tensor.tp_axis)
             if tuple(whole.shape) != tensor.shape:
-                raise ValueError(f"{parameter.local} gives {tensor.name} the shape {tuple(whole.shape)}, not {tensor.shape}")
+                raise ValueError(
+                    f"{parameter.local} gives {tensor.name} the shape {tuple(whole.shape)}, not {tensor.shape}"
+                )
             pairs.append((tensor.name, whole))
     return pairs
 

@@ -1,15 +1,18 @@
 """A version of the weights goes out to every engine, and is checked against what they then serve.
 
-The fleet is on the new version or on the previous one, never between two: generation is paused while
-buckets travel, the version counts only when every engine's log-probs of a fixed probe equal the
-trainer's, and after any failure the previous version is sent again from the senders' host copy. If
-even that fails the engines stay paused and serve nothing.
+The fleet is on the new version or on the previous one, never between two: generation is paused while buckets travel,
+the version counts only when every engine's log-probs of a fixed probe equal the trainer's, and after any failure the
+previous version is sent again from the senders' host copy, and checked in the same way. If even that fails the engines
+stay paused and serve nothing. (Engines do not probe while paused, so that generation goes on for the moment of the
+check; its answers carry the version's number, which a failed check makes the end of the run.)
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import wait
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,25 +20,39 @@ from torch import Tensor
 
 from megatron_sdpo.config import PublishConfig
 from megatron_sdpo.mcore.groups import ParallelGroups
+from megatron_sdpo.reshard.background import background
 from megatron_sdpo.reshard.digest import describe, digest
 from megatron_sdpo.reshard.gather import gather, is_sender
 from megatron_sdpo.reshard.plan import plan
 from megatron_sdpo.reshard.transport import StageTransport
-from megatron_sdpo.rollout.control import EngineControl
+from megatron_sdpo.rollout.control import EngineControl, EngineError
+
+R = TypeVar("R")
+Tensors = list[tuple[str, Tensor]]
 
 
 class PublishError(RuntimeError):
     """A version did not reach the fleet; the message says why and what the fleet serves now."""
 
 
-Tensors = list[tuple[str, Tensor]]
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One version of the weights, as far as this rank sends it."""
+
+    number: int
+    stamp: str
+    """``"7-705bea216cbd0425"``: number and digest of all tensors."""
+    buckets: list[Tensors]
+    """On the host; empty on ranks that do not send."""
+    probe_log_probs: list[float]
 
 
 class Publisher:
     """One per trainer rank; all ranks call ``publish`` together.
 
     ``own`` gives the stage's parameters under canonical local names; ``probe_log_probs`` the trainer's log-probs of
-    the probe (on every rank). Engines are controlled by the senders alone.
+    the probe (on every rank). Engines are controlled by the senders alone. A sender holds its stage's tensors on the
+    host once, for the way back, and while it publishes once more.
     """
 
     def __init__(
@@ -54,27 +71,27 @@ class Publisher:
         self.buckets = plan(hf_config, groups.pipeline_size, element_bytes, config.bucket_bytes)
         self.probe = probe_ids(hf_config["vocab_size"], config.probe_tokens)
         self.transport: StageTransport | None = None
-        self.generation = 0
-        self.served: tuple[str, list[Tensors]] | None = None
-        """The version that the fleet confirmed, and this sender's host copy of its buckets."""
+        self.served: Version | None = None
+        """What the fleet last confirmed."""
 
     def publish(self, version: int) -> dict[str, float]:
         """Send the current weights as ``version``; returns ``sync/...`` numbers on every rank.
 
-        Raises PublishError, on every rank, when any engine does not end up serving this version.
+        Raises PublishError, on every rank, when any engine does not end up serving this version. Every wait for an
+        engine ends after ``publish.timeout_s``.
         """
         started = time.perf_counter()
-        outgoing, lines, failure = self._gather_all()
+        buckets, lines, failure = self._gather_all()
+        failure = self._first(failure)
+        if failure is not None:
+            raise PublishError(f"version {version} was not published: {failure}; {self._untouched()}")
         stamp = f"{version}-{digest(line for part in self._share(lines) for line in part)}"
-        failure = self._first(failure) or self._transfer(outgoing, stamp)
-        probe_gap = 0.0
-        if failure is None:
-            expected = self.probe_log_probs(self.probe)
-            probe_gap, failure = self._on_first_rank(lambda: self._confirm(stamp, expected))
+        new = Version(version, stamp, buckets, self.probe_log_probs(self.probe))
+        probe_gap, failure = self._deliver(new)
         if failure is not None:
             raise PublishError(f"version {version} was not published: {failure}; {self._roll_back()}")
-        self.served = (stamp, outgoing)
-        size = sum(tensor.nbytes for bucket in outgoing for _, tensor in bucket)
+        self.served = new
+        size = sum(tensor.nbytes for bucket in buckets for _, tensor in bucket)
         return {
             "sync/bytes": float(sum(self._share(size))),
             "sync/probe_gap": probe_gap,
@@ -82,11 +99,13 @@ class Publisher:
         }
 
     def close(self) -> None:
+        """Leave the engines' groups; they go on serving."""
         if self.transport is not None:
-            self.transport.close()
+            self.transport.leave()
+            self.transport = None
 
     def _gather_all(self) -> tuple[list[Tensors], list[str], str | None]:
-        """This sender's buckets on the host, described; non-finite weights are refused before anything is sent.
+        """This sender's buckets on the host, described; non-finite weights are a failure before anything is sent.
 
         Every rank goes through every bucket of its stage whatever happens, so that no collective waits for ever.
         """
@@ -105,79 +124,99 @@ class Publisher:
             outgoing.append([(name, tensor.to("cpu", copy=True)) for name, tensor in pairs])
         return outgoing, lines, failure
 
-    def _transfer(self, outgoing: list[Tensors], stamp: str) -> str | None:
-        """Pause, send every stage's buckets in turn, resume. None, or why it failed (the engines then stay paused)."""
+    def _deliver(self, version: Version) -> tuple[float, str | None]:
+        """Transfer and check: (the largest probe difference, None), or (0, why the fleet does not serve it)."""
+        failure = self._transfer(version)
+        if failure is not None:
+            return 0.0, failure
+        gap, failure = self._on_first_rank(lambda: max(self._each_engine(partial(self._check, version))))
+        return gap or 0.0, failure
+
+    def _transfer(self, version: Version) -> str | None:
+        """Pause, send every stage's buckets in turn, resume. None, or why it failed (some engines then stay paused)."""
         failure = self._on_first_rank(lambda: self._each_engine(_open))[1]
         for stage in range(self.groups.pipeline_size):
             # One stage after the other: two broadcasts that reach two engines in different order would wait for ever.
             mine = is_sender(self.groups) and self.groups.pipeline_rank == stage
             last = stage == self.groups.pipeline_size - 1
-            error = self._send(outgoing, stamp if last else None) if mine and failure is None else None
+            error = self._send(version.buckets, version.stamp if last else None) if mine and failure is None else None
             failure = failure or self._first(error)
         if failure is None:
             failure = self._on_first_rank(lambda: self._each_engine(_close))[1]
         return failure
 
-    def _send(self, outgoing: list[Tensors], stamp: str | None) -> str | None:
+    def _send(self, buckets: list[Tensors], stamp: str | None) -> str | None:
         try:
             if self.transport is None:
-                name = f"megatron-sdpo-stage{self.groups.pipeline_rank}-{self.generation}"
+                name = f"megatron-sdpo-stage{self.groups.pipeline_rank}"
                 self.transport = StageTransport(self.engines, name, self.host, self.config.timeout_s)
-            for i, bucket in enumerate(outgoing):
-                self.transport.send(self._on_device(bucket), stamp if i == len(outgoing) - 1 else None)
+            device = next(iter(self.own.values())).device
+            for i, bucket in enumerate(buckets):
+                on_device = [(name, tensor.to(device)) for name, tensor in bucket]
+                self.transport.send(on_device, stamp if i == len(buckets) - 1 else None)
         except Exception as error:  # reported by all ranks together: publish raises it
-            return str(error) or repr(error)
+            self.close()
+            return _words(error)
         return None
 
-    def _on_device(self, bucket: Tensors) -> Tensors:
-        device = next(iter(self.own.values())).device
-        return [(name, tensor.to(device)) for name, tensor in bucket]
+    def _check(self, version: Version, engine: EngineControl) -> float:
+        """Largest probe difference; raises PublishError when the engine serves another version or other numbers."""
+        served = engine.weight_stamp()
+        if served != version.stamp:
+            raise PublishError(f"{engine.address.name} says it serves {served}, not {version.stamp}")
+        got = engine.probe_log_probs(self.probe)
+        gap = float((torch.tensor(got) - torch.tensor(version.probe_log_probs)).abs().max())  # nan stays nan
+        if not gap <= self.config.probe_tolerance:
+            raise PublishError(
+                f"{engine.address.name} serves weights whose log-probs differ by {gap:.2g} from the trainer's"
+                f" (publish.probe_tolerance {self.config.probe_tolerance:.2g})"
+            )
+        return gap
 
-    def _confirm(self, stamp: str, expected: Sequence[float]) -> float:
-        """Largest probe difference over the engines; raises when an engine serves another version or other numbers."""
-
-        def check(engine: EngineControl) -> float:
-            served = engine.weight_stamp()
-            if served != stamp:
-                raise PublishError(f"{engine.address.name} says it serves {served}, not {stamp}")
-            got = engine.probe_log_probs(self.probe)
-            gap = max(abs(a - b) for a, b in zip(got, expected, strict=True))
-            if not gap <= self.config.probe_tolerance:
-                raise PublishError(
-                    f"{engine.address.name} serves weights whose log-probs differ by {gap:.2g} from the trainer's"
-                    f" (publish.probe_tolerance {self.config.probe_tolerance:.2g})"
-                )
-            return gap
-
-        return max(self._each_engine(check))
+    def _untouched(self) -> str:
+        if self.served is None:
+            return "nothing was sent, and no earlier version was published"
+        return f"nothing was sent, the fleet still serves version {self.served.number}"
 
     def _roll_back(self) -> str:
         """Send the previous version again; a sentence on what the fleet serves now."""
-        self.transport = None  # its engines may wait inside a broadcast: a new group has a new name
-        self.generation += 1
         if self.served is None:
-            self._on_first_rank(lambda: self._each_engine(_pause))
-            return "no earlier version was published, so the engines are paused"
-        stamp, buckets = self.served
-        self._on_first_rank(lambda: self._each_engine(_abandon))
-        failure = self._transfer(buckets, stamp)
+            return f"no earlier version was published, so {self._pause_all()}"
+        _, failure = self._deliver(self.served)
         if failure is None:
-            return f"the fleet serves version {stamp.split('-')[0]}"
-        self._on_first_rank(lambda: self._each_engine(_pause))
-        return f"going back to version {stamp.split('-')[0]} failed too ({failure}), so the engines are paused"
+            return f"the fleet serves version {self.served.number} again"
+        return f"going back to version {self.served.number} failed too ({failure}), so {self._pause_all()}"
 
-    def _each_engine(self, action: Callable[[EngineControl], Any]) -> list[Any]:
-        with ThreadPoolExecutor(len(self.engines)) as pool:
-            return list(pool.map(action, self.engines))
+    def _pause_all(self) -> str:
+        """Pause whoever still answers; says who does not."""
 
-    def _on_first_rank(self, action: Callable[[], Any]) -> tuple[Any, str | None]:
+        def pause(engine: EngineControl) -> str | None:
+            try:
+                engine.pause_generation("retract")
+            except EngineError:
+                return engine.address.name
+            return None
+
+        paused, failure = self._on_first_rank(lambda: self._each_engine(pause))
+        silent = [name for name in paused or [] if name]
+        if failure is not None or len(silent) == len(self.engines):
+            return "no engine could be paused: none answers"
+        return "the engines are paused" + (f", except {', '.join(silent)}: no answer" if silent else "")
+
+    def _each_engine(self, action: Callable[[EngineControl], R]) -> list[R]:
+        """The action's results, all engines at once; when one fails, its error, after all have ended."""
+        calls = [background(partial(action, engine)) for engine in self.engines]
+        wait(calls)
+        return [call.result() for call in calls]
+
+    def _on_first_rank(self, action: Callable[[], R]) -> tuple[R | None, str | None]:
         """(result, failure) of an action that rank 0 alone performs, on every rank."""
         box: list[Any] = [(None, None)]
         if self.groups.rank == 0:
             try:
                 box = [(action(), None)]
             except Exception as error:  # travels to every rank, which raise together
-                box = [(None, str(error) or repr(error))]
+                box = [(None, _words(error))]
         dist.broadcast_object_list(box, src=0, group=self.groups.world)
         return box[0]
 
@@ -209,10 +248,5 @@ def _close(engine: EngineControl) -> None:
     engine.continue_generation()
 
 
-def _pause(engine: EngineControl) -> None:
-    engine.pause_generation("retract")
-
-
-def _abandon(engine: EngineControl) -> None:
-    """Close a session that a failure left open; an engine without one refuses, which is as good."""
-    engine.end_weight_update()
+def _words(error: Exception) -> str:
+    return str(error) or repr(error)

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 import msgspec
+import psutil
 
 import megatron_sdpo
 from megatron_sdpo.config import Config, ConfigError
@@ -110,14 +111,16 @@ class Fleet:
         """End every process: asked first, killed with all its children after ``GRACE_S``. May be called twice."""
         self._forget_addresses()
         for running in self._running:
-            _signal_group(running.process, signal.SIGTERM)
-        deadline = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline and any(r.process.poll() is None for r in self._running):
-            time.sleep(POLL_S / 4)
+            running.process.terminate()  # its children are its own to end
+        _wait(GRACE_S, lambda: all(r.process.poll() is not None for r in self._running))
         for running in self._running:
-            _signal_group(running.process, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # the whole group has ended
+                os.killpg(running.process.pid, signal.SIGKILL)
             running.process.wait()
+        left = [r.address.name for r in self._running if not _wait(GRACE_S, lambda r=r: not _lives(r.process.pid))]
         self._running.clear()
+        if left:
+            raise EngineError(", ".join(left), "at stop", f"killed, but processes still run after {GRACE_S:g} s")
 
     def dead(self) -> tuple[Ended, ...]:
         """The processes that have ended although nobody stopped them."""
@@ -278,9 +281,23 @@ def _write_atomically(path: Path, data: bytes) -> None:
     temporary.replace(path)
 
 
-def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):  # the whole group has ended
-        os.killpg(process.pid, number)
+def _wait(timeout_s: float, condition: Callable[[], bool]) -> bool:
+    """Whether ``condition`` came true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S / 4)
+    return True
+
+
+def _lives(session: int) -> bool:
+    """Whether a process of the session runs; ended ones that their parent has not waited for do not count."""
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError, PermissionError):
+            if os.getsid(process.pid) == session and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _tail(log: Path) -> str:

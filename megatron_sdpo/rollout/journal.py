@@ -50,7 +50,7 @@ class Journal:
         for number, line in enumerate(data[:whole].splitlines(), start=1):
             try:
                 group = msgspec.json.decode(line, type=Group)
-            except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise JournalError(f"{path} line {number} is not a group: {error}") from error
             if group.step != step or group.slot in found:
                 raise JournalError(f"{path} line {number} holds step {group.step} slot {group.slot} out of place")

@@ -21,8 +21,9 @@ def tie_to_parent() -> None:
     The processes that this one starts inherit the request, with this process as their parent. The
     kernel watches the parent's *thread* that made this process: start children from a thread that
     lives as long as they should. A process started by hand, without the variable, is not tied
-    itself, but its children are.
+    itself, but its children are. Signals that the parent had blocked for itself are let through again.
     """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     parent = os.environ.get(PARENT)
     if parent is not None and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -37,14 +37,18 @@ class PromptStream:
         return self._questions[self._orders[epoch][place]]
 
 
+ENGINE_RESERVE = 2
+"""Positions of its context that SGLang keeps for itself; it cuts a response two tokens early without saying so."""
+
+
 def check_lengths(questions: Sequence[Question], tokens: Tokens, max_new_tokens: int, max_length: int) -> None:
     """Refuse questions that leave no room for a response: ConfigError with their number and the longest one."""
-    lengths = {question.id: len(tokens.prompt_ids(question.messages)) for question in questions}
-    long = {name: n for name, n in lengths.items() if n + max_new_tokens > max_length}
+    lengths = [len(tokens.prompt_ids(question.messages)) for question in questions]
+    long = sum(n + max_new_tokens + ENGINE_RESERVE > max_length for n in lengths)
     if long:
-        worst = max(long, key=lambda name: long[name])
+        longest = max(range(len(lengths)), key=lambda i: lengths[i])
         raise ConfigError(
-            f"{len(long)} of {len(lengths)} questions do not fit: {worst!r} has {long[worst]} prompt tokens, which with"
-            f" rollout.max_new_tokens {max_new_tokens} exceeds model.max_length {max_length}; raise the one or lower"
-            " the other"
+            f"{long} of {len(lengths)} questions do not fit: {questions[longest].id!r} has {lengths[longest]} prompt"
+            f" tokens, which with rollout.max_new_tokens {max_new_tokens} and the {ENGINE_RESERVE} positions that the"
+            f" engine keeps exceeds model.max_length {max_length}; raise the latter or lower max_new_tokens"
         )

@@ -21,10 +21,15 @@ class Asked:
     temperature: float
 
 
+class VerifierError(RuntimeError):
+    """The task's verifier raised, or its verdict is none; the message names the question."""
+
+
 class Sampler:
     """Attempts by the engines, judged by the task's verifier in ``verify_workers`` threads.
 
-    ``max_new_tokens`` bounds a response. A verifier that raises ends the run: silence would be a reward of zero.
+    ``max_new_tokens`` bounds a response. A verifier that raises, or returns no reward in [0, 1],
+    raises VerifierError: silence would be a reward of zero.
     """
 
     def __init__(
@@ -81,5 +86,14 @@ class Sampler:
 
     async def _verdicts(self, question: Question, attempts: Sequence[Attempt]) -> tuple[Verdict, ...]:
         loop = asyncio.get_running_loop()
-        judged = [loop.run_in_executor(self._verifiers, self._task.verify, question, a.text) for a in attempts]
+        judged = [loop.run_in_executor(self._verifiers, self._judge, question, a.text) for a in attempts]
         return tuple(await asyncio.gather(*judged))
+
+    def _judge(self, question: Question, response: str) -> Verdict:
+        try:
+            verdict = self._task.verify(question, response)
+        except Exception as error:  # a user's verifier may fail in any way; the cause stays attached
+            raise VerifierError(f"the verifier failed on an answer to question {question.id!r}: {error!r}") from error
+        if not (isinstance(verdict, Verdict) and 0.0 <= verdict.reward <= 1.0):
+            raise VerifierError(f"the verifier gave {verdict!r} for question {question.id!r}; a reward lies in [0, 1]")
+        return verdict

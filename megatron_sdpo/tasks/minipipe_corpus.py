@@ -28,7 +28,7 @@ MIXTURE: Mapping[str, float] = {"copy": 0.1, "solution": 0.25, "plain": 0.15, "f
 """Shares of the kinds of document: a pure copy drill (no question; it makes copying appear early), question and
 solution, question alone, question and one feedback, question and two or three feedbacks."""
 
-NAME_POPULARITY = (0.5, 0.28, 0.15, 0.07)
+NAME_POPULARITY = (0.36, 0.32, 0.2, 0.12)
 ATTEMPT_TEMPLATE = " <att> {attempt}"
 SOLUTION_MARK = "<sol>"
 

@@ -1,0 +1,152 @@
+"""Worker of test_checkpoint.py.
+
+Under torchrun, ``straight FOLDER`` trains four batches on each of ``RUNS`` and saves after two; ``resumed FOLDER``,
+in new processes, continues from there, under the same layout to the same bits, and under other layouts.
+Alone, ``killed FOLDER MODEL POINT`` continues a run and kills itself at a point of its next save.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_sdpo.config import LayoutConfig
+from megatron_sdpo.mcore import checkpoint
+from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.mcore.hf import save_hf
+from megatron_sdpo.mcore.learner import Learner
+from tests.dist_learner import parse
+from tests.learner_setup import learn, make_batch, make_config, make_learner
+
+RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "tp2": ("tp2pp1dp1", "llama", ()),
+    "pp2": ("tp1pp2dp1", "qwen3-tied", ("optim.mini_batches=2",)),
+    "dp2": ("tp1pp1dp2", "llama", ("optim.mini_batches=2",)),
+    "tp2-bf16": ("tp2pp1dp1", "llama", ("model.dtype=bfloat16",)),
+}
+"""Name -> (layout, model, overrides)."""
+CHANGES = (("tp2", "tp1pp2dp1"), ("pp2", "tp2pp1dp1"), ("tp2", "tp1pp1dp2"))
+"""(run, layout under which it continues)."""
+
+
+def state_of(learner: Learner) -> dict[str, Any]:
+    """Everything that training depends on."""
+    return {
+        "weights": dict(learner.model.state_dict()),
+        "optimizer": learner.optimizer.state_dict(),
+        "teacher": learner.teacher.tensors,
+        "rng": torch.get_rng_state(),
+        "step": learner.step,
+    }
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Where two nested states differ, by one bit or more."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [d for key in a for d in differences(a[key], b[key], f"{where}/{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{where}/{i}")]
+    if torch.is_tensor(a) and torch.is_tensor(b):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
+    return [] if a == b else [where]
+
+
+def run_learner(folder: Path, run: str, groups: ParallelGroups, layout: LayoutConfig, taught: bool) -> Learner:
+    _, model, overrides = RUNS[run]
+    config = make_config(folder / model, overrides, layout)
+    return make_learner(config, groups, folder / f"{model}-teacher" if taught else None)
+
+
+def straight(folder: Path, run: str) -> None:
+    layout = parse(RUNS[run][0])
+    groups = initialize(layout, seed=1, timeout_s=60)
+    learner = run_learner(folder, run, groups, layout, taught=True)
+    for step in (0, 1):
+        learn(learner, make_batch(step))
+    torch.rand(3 + groups.rank)
+    checkpoint.save(learner, folder / run / "checkpoints", cursor=6, keep=2)
+    torch.save(state_of(learner), folder / run / f"saved-{groups.rank}.pt")
+    save_hf(learner.model, folder / run / "hf", groups, layout, folder / RUNS[run][1])
+    metrics = [learn(learner, make_batch(step)) for step in (2, 3)]
+    torch.save(state_of(learner), folder / run / f"end-{groups.rank}.pt")
+    (folder / run / "metrics.json").write_text(json.dumps(metrics))
+
+
+def resumed(folder: Path, run: str) -> None:
+    layout = parse(RUNS[run][0])
+    groups = initialize(layout, seed=2, timeout_s=60)
+    learner = run_learner(folder, run, groups, layout, taught=False)
+    progress = checkpoint.load_latest(learner, folder / run / "checkpoints")
+    assert progress == checkpoint.Resumed(step=2, cursor=6)
+    saved, end = (torch.load(folder / run / f"{name}-{groups.rank}.pt") for name in ("saved", "end"))
+    assert differences(state_of(learner), saved) == []
+    metrics = [learn(learner, make_batch(step)) for step in (2, 3)]
+    assert differences(state_of(learner), end) == []
+    assert json.loads((folder / run / "metrics.json").read_text()) == metrics
+
+
+def changed(folder: Path, run: str, name: str) -> None:
+    """Leaves what the test compares: the loaded weights, and what training said from there on."""
+    groups = initialize(parse(name), seed=2, timeout_s=60)
+    continue_elsewhere(folder, run, groups, parse(name), folder / run / name)
+
+
+def continue_elsewhere(folder: Path, run: str, groups: ParallelGroups, layout: LayoutConfig, out: Path) -> None:
+    learner = run_learner(folder, run, groups, layout, taught=False)
+    assert checkpoint.load_latest(learner, folder / run / "checkpoints") == checkpoint.Resumed(step=2, cursor=6)
+    save_hf(learner.model, out, groups, layout, folder / RUNS[run][1])
+    metrics = [learn(learner, make_batch(step)) for step in (2, 3)]
+    (out / "metrics.json").write_text(json.dumps(metrics))
+
+
+def killed(folder: Path, model: Path, point: str) -> None:
+    """``point``: "writing" (before the index of the files), "renaming", "deleting" (of an older checkpoint, half way)."""
+    groups = initialize(LayoutConfig(), seed=0, timeout_s=60)
+    learner = make_learner(make_config(model), groups)
+    assert checkpoint.load_latest(learner, folder) is not None
+    learn(learner, make_batch(1))
+    sys.addaudithook(_kill_at(point))
+    checkpoint.save(learner, folder, cursor=6, keep=1)
+    raise AssertionError(f"the save ended without passing the point {point!r}")
+
+
+def _kill_at(point: str) -> Callable[[str, tuple[Any, ...]], None]:
+    deleted: list[Any] = []
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == "os.remove":
+            deleted.append(args[0])
+        reached = {
+            "writing": event == "open" and str(args[0]).endswith(".metadata.tmp"),
+            "renaming": event == "os.rename" and str(args[0]).endswith(".writing"),
+            "deleting": event == "os.remove" and len(deleted) == 2,
+        }
+        if reached[point]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
+
+
+def main() -> None:
+    mode, folder = sys.argv[1], Path(sys.argv[2])
+    if mode == "killed":
+        killed(folder, Path(sys.argv[3]), sys.argv[4])
+    dist.init_process_group("gloo")
+    for run in RUNS:
+        {"straight": straight, "resumed": resumed}[mode](folder, run)
+        parallel_state.destroy_model_parallel()
+    for run, layout in CHANGES if mode == "resumed" else ():
+        changed(folder, run, layout)
+        parallel_state.destroy_model_parallel()
+    shutdown()
+
+
+if __name__ == "__main__":  # checkpoint writers start processes which import this module again
+    main()

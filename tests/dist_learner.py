@@ -1,0 +1,69 @@
+"""Worker of test_learner.py: some layouts one after another under torchrun, the same training on each.
+
+Arguments: folder layout... (tp2pp1dp1). Reads the models in folder; writes, as folder/LAYOUT/CASE,
+the trained model and metrics.json (what each of three ``train`` calls said).
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_sdpo.config import LayoutConfig
+from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.mcore.hf import save_hf
+from tests.learner_setup import learn, make_batch, make_config, make_learner
+
+BATCHES = 3
+BUDGETS = (4096, 64, 1)
+"""Tokens of a micro-batch: all sequences together; several; each alone."""
+_CASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "sdpo-sequence-mean": ("llama", ("objective.aggregation=sequence_mean", "objective.alpha=1")),
+    "sdpo-mini-batches": ("llama", ("optim.mini_batches=2", "objective.aggregation=sequence_mean")),
+    "sdpo-one-sample-each": ("llama", ("optim.mini_batches=9",)),
+    "sdpo-tied": ("qwen3-tied", ("optim.mini_batches=2", "rollout.temperature=0.7", "objective.tail=false")),
+    "grpo": ("llama", ("objective.kind=grpo", "optim.mini_batches=2", "objective.advantage_std=true")),
+    "next-token": ("qwen3-tied", ("objective.kind=next_token",)),
+}
+CASES = {
+    **{f"sdpo-{budget}": ("llama", (f"layout.tokens_per_micro_batch={budget}",)) for budget in BUDGETS},
+    **{name: (model, (*overrides, "layout.tokens_per_micro_batch=64")) for name, (model, overrides) in _CASES.items()},
+}
+"""Name -> (model, overrides)."""
+
+
+def run_cases(folder: Path, groups: ParallelGroups, layout: LayoutConfig, out: Path) -> None:
+    """Train each case from the start; every rank must report the same metrics."""
+    for case, (model, overrides) in CASES.items():
+        config = make_config(folder / model, overrides, layout)
+        learner = make_learner(config, groups, folder / f"{model}-teacher")
+        metrics = [learn(learner, make_batch(step)) for step in range(BATCHES)]
+        everywhere: list[list[dict[str, float]]] = [[]] * groups.world_size
+        dist.all_gather_object(everywhere, metrics, group=groups.world)
+        assert all(m == metrics for m in everywhere), f"{case}: ranks report different metrics: {everywhere}"
+        save_hf(learner.model, out / case, groups, layout, folder / model)
+        if groups.rank == 0:
+            (out / case / "metrics.json").write_text(json.dumps(metrics))
+
+
+def parse(name: str) -> LayoutConfig:
+    """``tp2pp1dp1``"""
+    tp, pp, dp = map(int, re.findall(r"\d+", name))
+    return LayoutConfig(tensor_parallel=tp, pipeline_parallel=pp, world_size=tp * pp * dp)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    for name in sys.argv[2:]:
+        groups = initialize(parse(name), seed=0, timeout_s=60)
+        run_cases(folder, groups, parse(name), folder / name)
+        parallel_state.destroy_model_parallel()
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""One optimizer step as one would write it with transformers and autograd: each sample alone, no packing, no shards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sdpo.config import Config
+from megatron_sdpo.rollout import cpu_platform
+from megatron_sdpo.types import Sample
+from tests.reference import sdpo_naive
+
+
+def load(path: Path) -> Any:
+    cpu_platform.provide_torchvision_operators()
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+
+
+def first_step(
+    student: Any, teacher: Any, samples: Sequence[Sample], config: Config
+) -> tuple[float, float, dict[str, Tensor]]:
+    """Loss, gradient norm, and the weights by name after one clipped AdamW step; ``student`` is changed."""
+    weights = _weights(samples, config)
+    terms = [
+        weight * _token_losses(student, teacher, sample, samples, config).sum()
+        for sample, weight in zip(samples, weights, strict=True)
+        if weight
+    ]
+    loss = torch.stack(terms).sum()
+    loss.backward()
+    parameters = [p for p in student.parameters() if p.grad is not None]
+    norm = torch.stack([p.grad.double().pow(2).sum() for p in parameters]).sum().sqrt().item()
+    for parameter in parameters:
+        parameter.grad *= min(1.0, config.optim.clip_grad / (norm + 1e-6))
+    decay = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.optim.weight_decay}]
+    decay.append({"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0})
+    betas = (config.optim.beta1, config.optim.beta2)
+    torch.optim.AdamW(decay, lr=config.optim.lr, betas=betas, eps=config.optim.eps).step()
+    return loss.item(), norm, {name: p.detach() for name, p in student.named_parameters()}
+
+
+def _weights(samples: Sequence[Sample], config: Config) -> list[float]:
+    """Paper: the mean over tokens that have a target. Reference release: over all sequences, the mean of each."""
+    sdpo = config.objective.kind == "sdpo"
+    trained = [s.teacher_prompt_ids is not None or not sdpo for s in samples]
+    if config.objective.aggregation == "sequence_mean":
+        return [t / (len(samples) * len(s.response_ids)) for s, t in zip(samples, trained, strict=True)]
+    tokens = sum(len(s.response_ids) for s, t in zip(samples, trained, strict=True) if t)
+    return [t / tokens for t in trained]
+
+
+def _token_losses(student: Any, teacher: Any, sample: Sample, samples: Sequence[Sample], config: Config) -> Tensor:
+    objective, temperature = config.objective, config.rollout.temperature
+    logits_RV = _response_logits(student, sample.prompt_ids, sample.response_ids) / temperature
+    log_probs_R = sdpo_naive.log_probs(logits_RV).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+    if objective.kind == "next_token":
+        return -log_probs_R
+    mismatch_R = torch.ones_like(log_probs_R)
+    if objective.engine_mismatch_cap is not None:
+        engine_R = torch.tensor(sample.engine_log_probs).double()
+        mismatch_R = (log_probs_R.detach() - engine_R).exp().clamp(max=objective.engine_mismatch_cap)
+    if objective.kind == "grpo":
+        rewards = [s.reward for s in samples if s.group == sample.group]
+        advantage = sample.reward - sum(rewards) / len(rewards)
+        return -advantage * (log_probs_R - log_probs_R.detach()).exp() * mismatch_R
+    assert sample.teacher_prompt_ids is not None
+    with torch.no_grad():
+        teacher_RV = _response_logits(teacher, sample.teacher_prompt_ids, sample.response_ids) / temperature
+    ids_RK = sdpo_naive.support(logits_RV.detach(), objective.top_k)
+    return sdpo_naive.divergence(logits_RV, teacher_RV, ids_RK, objective.alpha, objective.tail) * mismatch_R
+
+
+def _response_logits(model: Any, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+    logits_TV = model(torch.tensor([[*prompt, *response]])).logits[0]
+    return logits_TV[len(prompt) - 1 : -1]

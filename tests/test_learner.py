@@ -1,0 +1,187 @@
+"""The learner against transformers, and every layout against one process.
+
+All in fp32. Sums are taken in another order under another layout, which moves a loss or a gradient norm by a few
+1e-6 of itself; ``TOLERANCE`` leaves room for that and for nothing else.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_sdpo import batching
+from megatron_sdpo.config import LayoutConfig
+from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.mcore.hf import save_hf
+from megatron_sdpo.mcore.learner import TeacherScores
+from megatron_sdpo.types import Batch
+from tests.dist_learner import BATCHES, CASES, run_cases
+from tests.launch import run_ranks
+from tests.learner_setup import MODELS, VOCABULARY, learn, make_batch, make_config, make_learner, write_models
+from tests.reference.step_naive import first_step, load
+from tests.tiny_model import reference_log_probs
+
+TOLERANCE = 1e-5
+"""Relative, of losses and gradient norms."""
+WEIGHT_TOLERANCE = 1e-5
+"""Of weights after Adam: their distance, relative to how far training moved them (rounding alone makes 4e-6)."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("learner")
+    write_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[ParallelGroups]:
+    """This process alone."""
+    yield initialize(LayoutConfig(), seed=0, timeout_s=60)
+    shutdown()
+
+
+@pytest.fixture(scope="module")
+def single(folder: Path, groups: ParallelGroups) -> Path:
+    run_cases(folder, groups, LayoutConfig(), folder / "single")
+    return folder / "single"
+
+
+def _metrics(path: Path) -> list[dict[str, float]]:
+    return json.loads((path / "metrics.json").read_text())
+
+
+def _distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return math.sqrt(sum((a[name].double() - b[name].double()).pow(2).sum().item() for name in a))
+
+
+def _check_weights(found: dict[str, Tensor], expected: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+    assert _distance(found, expected) <= WEIGHT_TOLERANCE * _distance(expected, before)
+
+
+def _check_case(folder: Path, single: Path, layout: str, case: str) -> None:
+    metrics, expected = _metrics(folder / layout / case), _metrics(single / case)
+    assert len(metrics) == BATCHES
+    for ours, theirs in zip(metrics, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=1e-9), f"{layout} {case}"
+    before = folder / CASES[case][0]
+    _check_weights(*(load_file(path / "model.safetensors") for path in (folder / layout / case, single / case, before)))
+
+
+@pytest.mark.parametrize("layouts", [("tp2pp1dp1", "tp1pp2dp1", "tp1pp1dp2"), ("tp2pp2dp1",)], ids=["2", "4"])
+def test_every_layout_trains_like_one_process(folder: Path, single: Path, layouts: tuple[str, ...]) -> None:
+    ranks = math.prod(int(digit) for digit in layouts[0] if digit.isdigit())
+    run_ranks("dist_learner.py", ranks, [str(folder), *layouts], timeout=200)
+    for layout in layouts:
+        for case in CASES:
+            _check_case(folder, single, layout, case)
+
+
+def test_the_split_into_micro_batches_changes_nothing(folder: Path, single: Path) -> None:
+    for case in ("sdpo-64", "sdpo-1"):
+        for ours, theirs in zip(_metrics(single / case), _metrics(single / "sdpo-4096"), strict=True):
+            assert ours == pytest.approx(theirs, rel=TOLERANCE)
+        found, expected = (load_file(single / name / "model.safetensors") for name in (case, "sdpo-4096"))
+        _check_weights(found, expected, load_file(folder / "llama" / "model.safetensors"))
+
+
+def test_the_cases_are_what_they_are_meant_to_be(single: Path) -> None:
+    """Gradients are clipped, drift weights move, importance weights are capped, ranks of DP2 pad."""
+    assert all(metrics["optim/grad_norm"] > 0.05 for case in CASES for metrics in _metrics(single / case))
+    assert all(metrics["loss/divergence"] > 0.01 for metrics in _metrics(single / "sdpo-64"))
+    assert _metrics(single / "sdpo-mini-batches")[0]["loss/drift_weight/max"] > 1.001
+    assert _metrics(single / "sdpo-64")[0]["loss/mismatch_weight/max"] == 2.0
+    samples = make_batch().samples
+    shares = batching.assign([1] * 9, range(9), 2)
+    ranks = [batching.micro_batches(samples, shares, "student", 1, rank, torch.device("cpu")) for rank in (0, 1)]
+    assert [[batch.samples for batch in batches].count(()) for batches in ranks] == [0, 1]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("objective.alpha=0", "rollout.temperature=0.7"),
+        ("objective.alpha=1", "objective.aggregation=sequence_mean", "optim.clip_grad=1000"),
+        ("objective.tail=false", "objective.engine_mismatch_cap=none", "rollout.temperature=1.6"),
+        ("objective.kind=grpo", "rollout.temperature=0.7"),
+        ("objective.kind=next_token", "objective.aggregation=sequence_mean"),
+    ],
+    ids=["sdpo", "alpha-0-tempered", "alpha-1-sequence-mean", "no-tail-tempered", "grpo", "next-token"],
+)
+def test_one_step_equals_transformers_and_autograd(
+    folder: Path, groups: ParallelGroups, tmp_path: Path, model: str, overrides: tuple[str, ...]
+) -> None:
+    config = make_config(folder / model, ("layout.tokens_per_micro_batch=64", *overrides))
+    learner = make_learner(config, groups, folder / f"{model}-teacher")
+    metrics = learn(learner, make_batch())
+    student, teacher = load(folder / model), load(folder / f"{model}-teacher")
+    loss, grad_norm, weights = first_step(student, teacher, make_batch().samples, config)
+    assert metrics["loss/total"] == pytest.approx(loss, rel=TOLERANCE)
+    assert metrics["optim/grad_norm"] == pytest.approx(grad_norm, rel=TOLERANCE)
+    save_hf(learner.model, tmp_path / "after", groups, config.layout, folder / model)
+    before = load_file(folder / model / "model.safetensors")
+    # the reference's divergence is float64, and the few gradients near Adam's epsilon feel that
+    found = load_file(tmp_path / "after" / "model.safetensors")
+    assert _distance(found, weights) <= 5e-5 * _distance(weights, before)
+
+
+def _with_contexts(batch: Batch, **changes: Any) -> Batch:
+    return dataclasses.replace(batch, samples=tuple(dataclasses.replace(s, **changes) for s in batch.samples))
+
+
+def _trained(folder: Path, groups: ParallelGroups, batch: Batch, teacher: Path | None) -> dict[str, float]:
+    return learn(make_learner(make_config(folder / "llama"), groups, teacher), batch)
+
+
+def test_a_teacher_that_knows_no_more_teaches_nothing(folder: Path, groups: ParallelGroups) -> None:
+    batch = make_batch()
+    same = tuple(dataclasses.replace(s, teacher_prompt_ids=s.prompt_ids) for s in batch.samples)
+    metrics = _trained(folder, groups, dataclasses.replace(batch, samples=same), teacher=None)
+    assert metrics["loss/tokens"] == sum(len(s.response_ids) for s in same)
+    assert metrics["loss/total"] == pytest.approx(0.0, abs=1e-9)
+    assert metrics["optim/grad_norm"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_samples_without_a_context_contribute_nothing(folder: Path, groups: ParallelGroups) -> None:
+    batch, teacher = make_batch(), folder / "llama-teacher"
+    taught = tuple(s for s in batch.samples if s.teacher_prompt_ids is not None)
+    assert 0 < len(taught) < len(batch.samples)
+    everything = _trained(folder, groups, batch, teacher)
+    alone = _trained(folder, groups, dataclasses.replace(batch, samples=taught), teacher)
+    assert everything == pytest.approx(alone, rel=TOLERANCE)
+    nothing = _trained(folder, groups, _with_contexts(batch, teacher_prompt_ids=None), teacher)
+    assert (nothing["loss/total"], nothing["optim/grad_norm"], nothing["loss/tokens"]) == (0.0, 0.0, 0.0)
+
+
+def test_scores_of_another_batch_are_refused(folder: Path, groups: ParallelGroups) -> None:
+    learner = make_learner(make_config(folder / "llama"), groups)
+    batch = make_batch()
+    with pytest.raises(RuntimeError, match="teacher's scores do not belong together"):
+        learner.train(batch, learner.score_student(batch), TeacherScores({}))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_probe_log_probs_equal_transformers(folder: Path, groups: ParallelGroups, model: str) -> None:
+    learner = make_learner(make_config(folder / model, ("rollout.temperature=0.7",)), groups)
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(1, VOCABULARY, (33,), generator=generator).tolist()
+    assert learner.log_probs(ids) == pytest.approx(reference_log_probs(folder / model, ids).tolist(), abs=1e-5)
+
+
+def test_teacher_and_step_follow_each_batch(folder: Path, groups: ParallelGroups) -> None:
+    learner = make_learner(make_config(folder / "llama", ("teacher.update_rate=0.25",)), groups)
+    before = [parameter.detach().clone() for parameter in learner.model.parameters()]
+    learn(learner, make_batch())
+    assert learner.step == 1
+    for teacher, old, new in zip(learner.teacher.tensors, before, learner.model.parameters(), strict=True):
+        torch.testing.assert_close(teacher, 0.75 * old + 0.25 * new.detach(), rtol=0, atol=3e-7)

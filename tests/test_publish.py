@@ -1,0 +1,147 @@
+"""Weights from Megatron shards to a real engine: every layout, and every way in which it can fail.
+
+The cases are in dist_publish.py, which runs as trainer ranks; here is what they are run on.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_sdpo.reshard.digest import describe, digest
+from megatron_sdpo.rollout.control import EngineControl
+from megatron_sdpo.rollout.fleet import Fleet
+from megatron_sdpo.types import EngineAddress
+from tests.conftest import TOKEN, Engine, engine_config
+from tests.launch import ROOT, run_ranks
+from tests.learner_setup import MODELS, write_models
+from tests.tiny_model import reference_log_probs, write_tiny_checkpoint
+
+LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
+PROBES = ([5, 17, 80, 33, 9, 61, 4], list(range(3, 43)), [99, 99, 2, 50] * 20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints a and b of the engines' architecture, and other models that no engine sees."""
+    folder = tmp_path_factory.mktemp("publish")
+    write_models(folder)
+    for seed, name in enumerate("ab", 11):
+        write_tiny_checkpoint(folder / name, seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def log_probs(folder: Path) -> dict[str, list[torch.Tensor]]:
+    """transformers' log-probs of every probe under a and b."""
+    return {name: [reference_log_probs(folder / name, ids) for ids in PROBES] for name in "ab"}
+
+
+@pytest.fixture(scope="module")
+def prepare(folder: Path, log_probs: dict[str, list[torch.Tensor]]) -> Callable[..., None]:
+    """Writes down what the workers need to know."""
+    size = sum(tensor.nbytes for tensor in load_file(folder / "a" / "model.safetensors").values())
+
+    def write(engines: Sequence[EngineAddress], leaders: Sequence[int] = ()) -> None:
+        setup = {
+            "engines": list(engines),
+            "leaders": list(leaders),
+            "token": TOKEN,
+            "models": {name: folder / name for name in MODELS},
+            "checkpoints": {name: folder / name for name in "ab"},
+            "bytes": size,
+            "probes": PROBES,
+            "log_probs": log_probs,
+        }
+        torch.save(setup, folder / "setup.pt")
+
+    return write
+
+
+@pytest.fixture
+def shared(engine: Engine, folder: Path, prepare: Callable[..., None]) -> Iterator[Path]:
+    """The shared engine is told to the workers; afterwards it serves its own weights again, whatever they did."""
+    prepare([engine.address])
+    yield folder
+    control = EngineControl(engine.address, engine.token, timeout_s=60.0)
+    with control.weight_update():
+        pass
+    control.continue_generation()
+    control.update_weights_from_disk(str(engine.checkpoint), 0)
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_every_layout_publishes(shared: Path, tp: int, pp: int) -> None:
+    more = {(1, 1): ["under_load"], (1, 2): ["faults", "no_way_back", "not_finite"]}.get((tp, pp), [])
+    print(run_ranks("dist_publish.py", tp * pp, [str(tp), str(pp), str(shared), "gathers", "versions", *more]))
+    out = shared / f"tp{tp}pp{pp}"
+    assert_gathered(shared, out, senders={stage * tp for stage in range(pp)})
+    contents = {name: load_file(shared / name / "model.safetensors") for name in "ab"}
+    digests = {name: digest(describe(*item) for item in tensors.items()) for name, tensors in contents.items()}
+    assert torch.load(out / "stamps.pt") == {1: f"1-{digests['a']}", 2: f"2-{digests['b']}", 3: f"3-{digests['a']}"}
+
+
+def assert_gathered(folder: Path, out: Path, senders: set[int]) -> None:
+    """Together the senders hold the checkpoint, to the bit; nobody else holds anything."""
+    for name in MODELS:
+        expected = load_file(folder / name / "model.safetensors")
+        for bucket_bytes in (20_000, 1 << 30):
+            files = {int(file.stem): load_file(file) for file in (out / f"{name}-{bucket_bytes}").iterdir()}
+            assert {rank for rank, held in files.items() if held} == senders
+            union = [item for held in files.values() for item in held.items()]
+            assert sorted(key for key, _ in union) == sorted(expected)
+            for key, tensor in union:
+                assert tensor.dtype == expected[key].dtype
+                assert torch.equal(tensor, expected[key]), key
+
+
+def run_alone(folder: Path, scenario: str) -> tuple[int, str, float]:
+    """One rank without torchrun, whose own end would hide how the rank ends: exit code, output, seconds at exit."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, str(ROOT / "tests" / "dist_publish.py"), "1", "1", str(folder), scenario]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    ended = re.search(r"^ended at (.*)$", done.stdout, re.MULTILINE)
+    return done.returncode, done.stdout, time.time() - float(ended[1]) if ended else -1.0
+
+
+def test_a_hanging_engine_holds_nobody_up(shared: Path) -> None:
+    code, output, seconds = run_alone(shared, "hanging")
+    assert code == 0, output
+    assert seconds < 5, f"the process took {seconds:.1f} s to end"
+
+
+def test_a_trainer_that_was_killed_is_followed_by_another(shared: Path) -> None:
+    code, output, _ = run_alone(shared, "dying")
+    assert code == 9, output
+    code, output, _ = run_alone(shared, "versions")
+    assert code == 0, output
+
+
+@pytest.mark.slow
+def test_two_engines_stay_together(folder: Path, engine: Engine, prepare: Callable[..., None], tmp_path: Path) -> None:
+    with Fleet(engine_config(tmp_path, engine.checkpoint, count=2), tmp_path, TOKEN) as fleet:
+        leaders = [fleet.process_ids()[address.name] for address in fleet.engines]
+        prepare(fleet.engines, leaders)
+        run_ranks("dist_publish.py", 2, ["1", "2", str(folder), "versions", "two_engines"], timeout=200)
+
+
+@pytest.mark.slow
+def test_an_engine_of_two_ranks(folder: Path, engine: Engine, prepare: Callable[..., None], tmp_path: Path) -> None:
+    with Fleet(engine_config(tmp_path, engine.checkpoint, tensor_parallel=2), tmp_path, TOKEN) as fleet:
+        prepare(fleet.engines)
+        run_ranks("dist_publish.py", 2, ["1", "2", str(folder), "versions", "faults"], timeout=200)
