@@ -107,7 +107,7 @@ def continue_elsewhere(folder: Path, run: str, groups: ParallelGroups, layout: L
 
 
 def killed(folder: Path, model: Path, point: str) -> None:
-    """``point``: "writing" (before the index of the files), "renaming", "deleting" (of an older checkpoint, half way)."""
+    """``point``: "writing" (before the index of the files), "renaming", "deleting" (half way through an older one)."""
     groups = initialize(LayoutConfig(), seed=0, timeout_s=60)
     learner = make_learner(make_config(model), groups)
     assert checkpoint.load_latest(learner, folder) is not None

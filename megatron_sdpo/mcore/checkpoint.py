@@ -82,7 +82,7 @@ def load_latest(learner: Learner, folder: Path) -> Resumed | None:
     template = _tensors(learner, loading=True)
     if dist_checkpointing.load_common_state_dict(str(path))["world_size"] != learner.groups.world_size:
         del template["rng"]
-    state = dist_checkpointing.load(template, str(path))
+    state: Any = dist_checkpointing.load(template, str(path))
     with torch.no_grad():
         learner.model.load_state_dict(state["model"])
         if "teacher" in state:
@@ -109,7 +109,8 @@ def find(folder: Path, step: int | None) -> Path:
 
 def load_model(model: HiddenStatesModel, path: Path) -> None:
     """Only the weights of the student, from a checkpoint written under any layout."""
-    state = dist_checkpointing.load({"model": model.sharded_state_dict(prefix="", metadata=_metadata())}, str(path))
+    template = {"model": model.sharded_state_dict(prefix="", metadata=_metadata())}
+    state: Any = dist_checkpointing.load(template, str(path))
     with torch.no_grad():
         model.load_state_dict(state["model"])
 

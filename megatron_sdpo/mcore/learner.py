@@ -95,7 +95,7 @@ class Learner:
             return TeacherScores(_merge(score(self.model, self._cut(batch.samples, shares, "teacher"), on_logits)))
 
     def train(self, batch: Batch, student: StudentScores, teacher: TeacherScores) -> dict[str, float]:
-        """One optimizer step per mini-batch; metrics are means over them, of ``/max`` the largest. Advances ``step``."""
+        """One optimizer step per mini-batch; metrics are means over them, ``/max`` the largest. Advances ``step``."""
         rate = optim.learning_rate(self.config.optim, self.step, self.config.steps)
         optim.set_rates(self.optimizer, rate, self.config.optim.weight_decay)
         found = [self._optimizer_step(batch.samples, chosen, student, teacher) for chosen in self._mini_batches(batch)]
