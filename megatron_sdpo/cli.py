@@ -91,6 +91,8 @@ def serve(arguments: argparse.Namespace) -> None:
     from megatron_sdpo.launch.serving import serve_model
 
     config = _with_model(_config(arguments), arguments.model)
+    if not arguments.run_dir:  # the recipe's own directory may hold a run, whose configuration it keeps
+        config = dataclasses.replace(config, run_dir=f"{config.run_dir}-serve")
     check_engines(config)
     serve_model(config)
 

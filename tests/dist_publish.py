@@ -2,7 +2,7 @@
 
 Arguments: tensor_parallel pipeline_parallel folder scenarios. Reads folder/setup.pt (written by the test: where the
 engine is, which checkpoints there are, what transformers makes of the probes); the scenarios are the functions of
-``SCENARIOS``. Prints the time of its end.
+``SCENARIOS``, run in their order. Prints the time of its end.
 """
 
 import os
@@ -10,8 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -31,53 +30,10 @@ from megatron_sdpo.reshard.plan import plan
 from megatron_sdpo.reshard.publish import Publisher, PublishError
 from megatron_sdpo.reshard.transport import LEAVE_S
 from megatron_sdpo.rollout.control import EngineControl, EngineError
-from megatron_sdpo.types import EngineAddress
+from tests.faulty_control import FaultyControl
 from tests.learner_setup import make_config
 
 TOLERANCE = 1e-4
-
-
-class FaultyControl(EngineControl):
-    """A real engine's control that fails on purpose: ``fail(call, ...)`` arms one fault, calls count from then on."""
-
-    def __init__(self, address: EngineAddress, token: str, timeout_s: float, leader: int | None) -> None:
-        super().__init__(address, token, timeout_s)
-        self.leader = leader
-        self.made: list[str] = []
-        self.fail(None)
-
-    def fail(self, call: str | None, nth: int = 1, how: str = "refuse", times: int = 1) -> None:
-        """The ``nth`` use of ``call`` and the ``times - 1`` uses after it.
-
-        ``how``: ``refuse`` before the engine hears of it, ``late`` after it has done it, ``lie`` in the answer,
-        ``hang`` for ever, ``die`` as a process; ``kill`` or ``stop`` the engine before it hears of it.
-        """
-        self._call_name, self._hits, self._how, self._count = call, range(nth, nth + times), how, 0
-
-    def __getattribute__(self, name: str) -> Any:
-        found = super().__getattribute__(name)
-        if name.startswith("_") or not callable(found) or name == "fail":
-            return found
-        return lambda *arguments, **options: self._made(name, found, arguments, options)
-
-    def _made(self, name: str, call: Callable[..., Any], arguments: Any, options: Any) -> Any:
-        self.made.append(name)
-        self._count += name == self._call_name
-        if name != self._call_name or self._count not in self._hits:
-            return call(*arguments, **options)
-        if self._how == "refuse":
-            raise EngineError(self.address.name, f"/{name}", "refused on purpose")
-        if self._how == "hang":
-            threading.Event().wait()
-        if self._how == "die":
-            os._exit(9)
-        if self._how in ("kill", "stop"):
-            assert self.leader is not None
-            os.killpg(self.leader, signal.SIGKILL if self._how == "kill" else signal.SIGSTOP)
-        answer = call(*arguments, **options)
-        if self._how == "late":
-            raise EngineError(self.address.name, f"/{name}", "failed on purpose, late")
-        return answer + "0" if isinstance(answer, str) else [value + 0.01 for value in answer]
 
 
 @dataclass
@@ -88,16 +44,19 @@ class Ranks:
     layout: LayoutConfig
     groups: ParallelGroups
     learner: Learner
-    engines: list[FaultyControl]
     out: Path
+    engines: list[FaultyControl] = field(default_factory=list)
 
     def load(self, name: str) -> None:
         """The trainer's weights become those of a checkpoint, in place, as an optimizer changes them."""
         load_hf(self.learner.model, self.setup["checkpoints"][name], self.groups, self.layout)
 
     def publisher(self, **settings: Any) -> Publisher:
+        """A new one, with new controls, whose timeout is the configuration's as in a real trainer."""
         own = canonical_parameters(self.learner.model)
-        config = PublishConfig(**{"timeout_s": 30.0} | settings)
+        config = replace(PublishConfig(timeout_s=30.0), **settings)
+        known = zip_longest(self.setup["engines"], self.setup["leaders"])
+        self.engines = [FaultyControl(a, self.setup["token"], config.timeout_s, leader) for a, leader in known]
         probe = self.learner.log_probs
         return Publisher(config, self.learner.hf_config, self.groups, own, self.engines, "127.0.0.1", probe)
 
@@ -226,7 +185,9 @@ def faults(ranks: Ranks) -> None:
             publisher.close()
         if _sends(ranks, stage % ranks.groups.pipeline_size):
             ranks.engines[0].fail(**fault)
+        began = time.monotonic()
         said = ranks.refused(publisher, 2)
+        assert time.monotonic() - began < LEAVE_S, f"{what}: somebody was left waiting"
         assert said.startswith("version 2 was not published: "), (what, said)
         assert words in said, (what, said)
         assert said.endswith("; the fleet serves version 1 again"), (what, said)
@@ -367,7 +328,6 @@ def _stop_and_continue(ranks: Ranks, publisher: Publisher) -> None:
 
 def _published(ranks: Ranks, **settings: Any) -> tuple[Publisher, str]:
     """A publisher of small buckets that has published "a" as version 1 and is about to publish "b"."""
-    ranks.disarm()
     publisher = ranks.publisher(bucket_bytes=20_000, **settings)
     ranks.load("a")
     publisher.publish(1)
@@ -380,9 +340,7 @@ def _sends(ranks: Ranks, stage: int) -> bool:
     return is_sender(ranks.groups) and ranks.groups.pipeline_rank == stage
 
 
-SCENARIOS: dict[str, Callable[[Ranks], None]] = {
-    f.__name__: f for f in (gathers, versions, faults, not_finite, no_way_back, hanging, dying, under_load, two_engines)
-}
+SCENARIOS = (gathers, versions, faults, not_finite, no_way_back, hanging, dying, under_load, two_engines)
 
 
 def main() -> None:
@@ -391,19 +349,12 @@ def main() -> None:
     layout = LayoutConfig(tensor_parallel=tp, pipeline_parallel=pp, world_size=tp * pp)
     groups = initialize(layout, seed=0, timeout_s=120)
     learner = Learner(make_config(setup["checkpoints"]["a"], layout=layout), groups)
-    leaders = setup.get("leaders", [])
-    engines = [
-        FaultyControl(address, setup["token"], 30.0, leader)
-        for address, leader in zip_longest(setup["engines"], leaders)
-    ]
     out = Path(sys.argv[3]) / f"tp{tp}pp{pp}"
     out.mkdir(exist_ok=True)
-    ranks = Ranks(setup, layout, groups, learner, engines, out)
-    for name in sys.argv[4:]:
-        began = time.monotonic()
-        SCENARIOS[name](ranks)
-        if groups.rank == 0:
-            print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+    ranks = Ranks(setup, layout, groups, learner, out)
+    for scenario in SCENARIOS:
+        if scenario.__name__ in sys.argv[4:]:
+            scenario(ranks)
     if sys.argv[4:] != ["hanging"]:  # which stands for a trainer that ends by PublishError, without manners
         shutdown()
     print(f"ended at {time.time()}", flush=True)

@@ -80,7 +80,7 @@ def shared(engine: Engine, folder: Path, prepare: Callable[..., None]) -> Iterat
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_every_layout_publishes(shared: Path, tp: int, pp: int) -> None:
     more = {(1, 1): ["under_load"], (1, 2): ["faults", "no_way_back", "not_finite"]}.get((tp, pp), [])
-    print(run_ranks("dist_publish.py", tp * pp, [str(tp), str(pp), str(shared), "gathers", "versions", *more]))
+    run_ranks("dist_publish.py", tp * pp, [str(tp), str(pp), str(shared), "gathers", "versions", *more])
     out = shared / f"tp{tp}pp{pp}"
     assert_gathered(shared, out, senders={stage * tp for stage in range(pp)})
     contents = {name: load_file(shared / name / "model.safetensors") for name in "ab"}

@@ -48,7 +48,7 @@ def run_locally(config: Config, run_dir: RunDir) -> None:
 
     The roles end with this process even when it is killed outright.
     """
-    with run_dir.locked(), _signals_raise():
+    with run_dir.locked(), signals_raise():
         run_dir.prepare(config)
         lifeline_was = os.environ.get(lifeline.PARENT)
         roles: list[_Role] = []
@@ -146,7 +146,9 @@ def _signal_group(role: _Role, number: signal.Signals) -> None:
 
 
 @contextmanager
-def _signals_raise() -> Iterator[None]:
+def signals_raise() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted in the main thread within the block."""
+
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 

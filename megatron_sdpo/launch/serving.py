@@ -1,12 +1,14 @@
 """Engines without a trainer: to score a model, or to talk to it."""
 
-import signal
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config
 from megatron_sdpo.evaluate import evaluate
+from megatron_sdpo.launch.local import POLL_S, Interrupted, RoleDied, signals_raise
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.rollout.client import EngineClient
 from megatron_sdpo.rollout.fleet import Fleet
@@ -30,14 +32,14 @@ async def evaluate_model(config: Config) -> Evaluation:
 
 
 def serve_model(config: Config) -> None:
-    """Engines of ``config.model`` until Ctrl-C or SIGTERM."""
+    """Engines of ``config.model`` until Ctrl-C or SIGTERM; raises RoleDied when one of them ends by itself."""
     run_dir = RunDir(Path(config.run_dir))
-    stop = signal.SIGINT, signal.SIGTERM
-    signal.pthread_sigmask(signal.SIG_BLOCK, stop)
-    with run_dir.locked():
+    with run_dir.locked(), suppress(Interrupted), signals_raise():
         run_dir.prepare(config)
         with Fleet(config, run_dir.path, run_dir.token()) as fleet:
             for address in {a.name: a for a in (*fleet.engines, fleet.router) if a}.values():
                 print(f"{address.name} {address.url}")
             print(f"token in {run_dir.token_file}; Ctrl-C stops", flush=True)
-            signal.sigwait(stop)
+            while not (ended := fleet.dead()):
+                time.sleep(POLL_S)
+            raise RoleDied(f"{ended[0].name} ended with exit code {ended[0].exit_code}\n{ended[0].log_tail}")

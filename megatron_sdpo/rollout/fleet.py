@@ -1,6 +1,7 @@
 """The engines of a run, and the router in front of them: start, watch, end."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -27,6 +28,9 @@ GRACE_S = 5.0
 """How long processes have to end by themselves before they are killed."""
 TAIL_LINES = 15
 ROUTER = "router"
+FREE_PORTS = range(20_000, 32_000)
+"""Where free ports are looked for: below those that the kernel hands out, or a stranger's connection could be given
+an engine's port while the engine is still loading."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,19 +251,29 @@ def read_engines(run_dir: Path) -> tuple[EngineAddress, ...]:
 def _ports(host: str, first: int, count: int) -> list[int]:
     """``first, first + 1 ...``, or free ones when ``first`` is 0; a taken port is refused."""
     with ExitStack() as held:  # all held at once, or the same free port could come twice
-        ports = []
-        for i in range(count):
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            port = first + i if first else 0
-            try:
-                listener.bind((host, port))
-                listener.listen(1)
-            except OSError as error:
-                raise ConfigError(_port_words(host, port, error)) from error
-            ports.append(listener.getsockname()[1])
+        if first:
+            return [_bind(held, host, first + i) for i in range(count)]
+        _bind(held, host, 0)  # an address that is not this machine's is refused here
+        ports: list[int] = []
+        for port in random.SystemRandom().sample(FREE_PORTS, len(FREE_PORTS)):
+            if len(ports) == count:
+                break
+            with suppress(ConfigError):
+                ports.append(_bind(held, host, port))
         return ports
+
+
+def _bind(held: ExitStack, host: str, port: int) -> int:
+    """Hold a port until ``held`` is closed; ConfigError when it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1)
+    except OSError as error:
+        raise ConfigError(_port_words(host, port, error)) from error
+    return listener.getsockname()[1]
 
 
 def _port_words(host: str, port: int, error: OSError) -> str:
