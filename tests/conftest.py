@@ -2,11 +2,13 @@
 
 import os
 import signal
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_sdpo.config import Config, EngineConfig, ModelConfig, TaskConfig
@@ -15,6 +17,7 @@ from megatron_sdpo.types import EngineAddress
 from tests.tiny_model import write_tiny_checkpoint
 
 TOKEN = "a-test-token"
+MARK = "MEGATRON_SDPO_TEST_SESSION"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,31 @@ def engine_config(run_dir: Path, checkpoint: Path, **engine: object) -> Config:
         task=TaskConfig(name="none"),
         engine=EngineConfig(**settings),  # pyright: ignore[reportArgumentType]
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_stays_behind() -> Iterator[None]:
+    """Every process that the tests start, directly or not, has ended when they have.
+
+    Except what multiprocessing keeps for this very process, which ends with it.
+    """
+    mark = uuid.uuid4().hex
+    os.environ[MARK] = mark
+    yield
+    own = {os.getpid(), *(p.pid for p in psutil.Process().children() if "multiprocessing" in " ".join(p.cmdline()))}
+    left = [p for p in psutil.process_iter() if p.pid not in own and _environment(p).get(MARK) == mark]
+    _, alive = psutil.wait_procs(left, timeout=10)
+    described = [f"{p.pid} {' '.join(p.cmdline())}" for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    for process in alive:
+        process.kill()
+    assert described == []
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:  # gone, or somebody else's
+        return {}
 
 
 @pytest.fixture(scope="session")

@@ -112,10 +112,8 @@ def _read(path: Path) -> str | None:
         return None
 
 
-if __name__ in ("__main__", "__mp_main__"):  # the second: processes that checkpoint writers start, which stay idle
+if __name__ == "__main__":  # checkpoint writers start a process which imports this module again
     lifeline.tie_to_parent()
-
-if __name__ == "__main__":
     here = RunDir(Path(sys.argv[1]))
     try:
         run(here)

@@ -5,10 +5,13 @@ deleted, so whatever has that name can be loaded; the newest one is where a run 
 another.
 """
 
+import multiprocessing
+import os
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as megatron_groups
 from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_sdpo.config import ConfigError
 from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.mcore.model import HiddenStatesModel
+from megatron_sdpo.rollout import lifeline
 
 _NAME = re.compile(r"step-(\d{8})$")
 _TEMPORARY = ".writing"
@@ -56,7 +61,7 @@ def save(learner: Learner, folder: Path, cursor: int, keep: int) -> Path:
     state = _tensors(learner, loading=False)
     state["progress"] = {"step": learner.step, "cursor": cursor}
     state["world_size"] = learner.groups.world_size
-    dist_checkpointing.save(state, str(temporary))
+    _save(state, str(temporary))
 
     def finish() -> None:
         if final.exists():  # written again after a resume from an older one
@@ -120,8 +125,17 @@ def save_model(model: HiddenStatesModel, path: Path) -> None:
     temporary = path.with_name(path.name + _TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed writer
     temporary.mkdir(parents=True)
-    dist_checkpointing.save({"model": model.sharded_state_dict(prefix="", metadata=_metadata())}, str(temporary))
+    _save({"model": model.sharded_state_dict(prefix="", metadata=_metadata())}, str(temporary))
     temporary.rename(path)
+
+
+def _save(state: dict[str, Any], path: str) -> None:
+    """Megatron's save, whose helper process ends when this one does: Megatron's own would outlive a kill."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(lifeline.end_with, (os.getpid(),))
+        filesystem_async._results_queue = manager.Queue()
+    dist_checkpointing.save(state, path)
 
 
 def _metadata() -> dict[str, Any]:

@@ -25,8 +25,15 @@ def tie_to_parent() -> None:
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     parent = os.environ.get(PARENT)
-    if parent is not None and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != int(parent):  # it ended before the kernel was told
-            os._exit(1)
+    if parent is not None:
+        end_with(int(parent))
     os.environ[PARENT] = str(os.getpid())
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel kill this process when the process ``parent``, which must be its parent, ends."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the kernel was told
+        os._exit(1)
