@@ -127,7 +127,10 @@ class TeacherConfig:
 class ObjectiveConfig:
     """What is minimised."""
 
-    kind: Literal["sdpo", "grpo", "next_token"] = "sdpo"
+    kind: Literal["sdpo", "grpo", "next_token", "hybrid"] = "sdpo"
+    """hybrid is ``grpo_share`` times GRPO's loss plus the rest times SDPO's (paper eq. 3)."""
+    grpo_share: float = 0.9
+    """hybrid: the paper's lambda."""
     alpha: float = 0.5
     """0: KL(teacher||student), 1: KL(student||teacher), between: generalised JSD."""
     top_k: int = 100
@@ -152,6 +155,16 @@ class ObjectiveConfig:
     """GRPO: ratio clip 1 - clip_low, 1 + clip_high."""
     dual_clip: float | None = 3.0
     """GRPO: bound of the loss for negative advantages; None switches it off."""
+
+    @property
+    def has_teacher(self) -> bool:
+        """The teacher scores this kind's responses."""
+        return self.kind in ("sdpo", "hybrid")
+
+    @property
+    def compares_rewards(self) -> bool:
+        """The attempts of a group are compared by their rewards."""
+        return self.kind in ("grpo", "hybrid")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -397,7 +410,7 @@ _ABOVE_0 = (
     *("rollout.temperature", "engine.start_timeout_s", "engine.request_timeout_s", "publish.timeout_s", "optim.eps"),
     *("publish.probe_tolerance", "objective.policy_drift_clip", "objective.engine_mismatch_cap"),
 )
-_FROM_0_TO_1 = ("objective.alpha", "teacher.update_rate", "optim.min_lr_ratio")
+_FROM_0_TO_1 = ("objective.alpha", "objective.grpo_share", "teacher.update_rate", "optim.min_lr_ratio")
 
 
 def _check_ranges(config: Config) -> None:
@@ -435,5 +448,5 @@ def check(config: Config) -> None:
             f"engine.max_total_tokens {engine.max_total_tokens} cannot hold one sequence of model.max_length"
             f" {config.model.max_length}; raise the one or lower the other"
         )
-    if config.objective.kind == "grpo" and config.rollout.attempts_per_prompt < 2:
+    if config.objective.compares_rewards and config.rollout.attempts_per_prompt < 2:
         raise ConfigError("GRPO compares attempts at one question; set rollout.attempts_per_prompt to 2 or more")

@@ -1,4 +1,4 @@
-"""What is minimised: SDPO, GRPO and plain next-token loss, as pure functions of tensors.
+"""What is minimised: SDPO, GRPO, their hybrid and plain next-token loss, as pure functions of tensors.
 
 The loss of a mini-batch is one plain weighted sum over its response tokens,
 
@@ -6,7 +6,8 @@ The loss of a mini-batch is one plain weighted sum over its response tokens,
 
 and everything about aggregation is in the weights, which ``token_weights`` makes once from the counts of
 the whole mini-batch. So any split into micro-batches, ranks or packings gives the same loss and the same
-gradient when their sums are added; nobody divides again.
+gradient when their sums are added; nobody divides again. The hybrid adds two such sums, each with the weights
+that it has alone: samples without a teacher context count in GRPO's and not in SDPO's.
 
 Two importance weights, both detached and both of the sampled token, multiply a token's loss:
 
@@ -50,7 +51,7 @@ class TokenTargets:
     response_ids_T: Tensor
     """int64, the tokens that were sampled; these the logits of their rows predict."""
     weights_T: Tensor
-    """The weight w_i of each token's sample, from ``token_weights``."""
+    """The weight w_i of each token's sample, from ``token_weights``; in the hybrid, its weight in SDPO's sum."""
     old_log_probs_T: Tensor | None = None
     engine_log_probs_T: Tensor | None = None
     support_ids_TK: Tensor | None = None
@@ -59,6 +60,8 @@ class TokenTargets:
     """SDPO: the teacher's log-probs at these ids, and in column K + 1 its tail if known."""
     advantages_T: Tensor | None = None
     """GRPO: the advantage of each token's sample."""
+    policy_weights_T: Tensor | None = None
+    """hybrid: the weight of each token's sample in GRPO's sum."""
 
     def rows(self, index: Tensor) -> "TokenTargets":
         """The targets of some positions; ``index`` int64."""
@@ -114,23 +117,49 @@ def loss(
     """Weighted sum of the token losses (fp32 scalar, gradient to ``logits_TV``), and metrics.
 
     ``logits_TV`` [T, V] are the logits that predict ``targets.response_ids_T``, divided by the sampling
-    temperature; the vocabulary may be cut over ``group``. A token of weight zero is left out before
-    anything is computed, so it has no influence whatever its numbers are. T = 0 gives a zero that is
-    connected to the logits.
+    temperature; the vocabulary may be cut over ``group``. A token of weight zero (in the hybrid, of both
+    weights) is left out before anything is computed, so it has no influence whatever its numbers are. T = 0
+    gives a zero that is connected to the logits.
 
     Metrics are detached fp32 scalars over the tokens of nonzero weight: a key that ends in ``/max`` is a
     maximum, every other key a sum, which divided by ``loss/tokens`` is a mean over tokens. Keys are the
-    same for every micro-batch of a run. ``ValueError`` when ``targets`` lacks what the kind needs.
+    same for every micro-batch of a run; in the hybrid a token without a target adds nothing to SDPO's sums.
+    ``ValueError`` when ``targets`` lacks what the kind needs.
     """
     if logits_TV.shape[0] != targets.response_ids_T.shape[0]:
         raise ValueError(f"{logits_TV.shape[0]} rows of logits but {targets.response_ids_T.shape[0]} response tokens")
-    if not bool(targets.weights_T.all()):
-        index_L = targets.weights_T.nonzero()[:, 0]
-        logits_TV, targets = logits_TV[index_L], targets.rows(index_L)
-    values_T, metrics = _TOKEN_LOSSES[config.kind](logits_TV, targets, config, group)
-    metrics["loss/tokens"] = torch.tensor(float(values_T.shape[0]), device=values_T.device)
+    counted_T = targets.weights_T != 0
+    if config.kind == "hybrid":
+        counted_T |= _needed(targets.policy_weights_T, "policy_weights_T", config) != 0
+    logits_TV, targets = _kept(logits_TV, targets, counted_T)
+    if config.kind == "hybrid":
+        value, metrics = _hybrid(logits_TV, targets, config, group)
+    else:
+        values_T, metrics = _TOKEN_LOSSES[config.kind](logits_TV, targets, config, group)
+        value = (targets.weights_T * values_T).sum()
+    metrics["loss/tokens"] = torch.tensor(float(logits_TV.shape[0]), device=logits_TV.device)
     metrics["loss/entropy"] = entropy(logits_TV, group).float().sum()
-    return (targets.weights_T * values_T).sum(), metrics
+    return value, metrics
+
+
+def _kept(logits_TV: Tensor, targets: TokenTargets, kept_T: Tensor) -> tuple[Tensor, TokenTargets]:
+    """The rows where ``kept_T`` is True; nothing is copied when that is all."""
+    if bool(kept_T.all()):
+        return logits_TV, targets
+    index_L = kept_T.nonzero()[:, 0]
+    return logits_TV[index_L], targets.rows(index_L)
+
+
+def _hybrid(
+    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Metrics]:
+    """``grpo_share`` of GRPO's weighted sum and the rest of SDPO's (paper eq. 3); a share of 0 or 1 leaves one."""
+    policy_weights_T = _needed(targets.policy_weights_T, "policy_weights_T", config)
+    grpo_T, metrics = _grpo(logits_TV, targets, config, group)
+    taught_LV, taught = _kept(logits_TV, targets, targets.weights_T != 0)
+    sdpo_L, sdpo_metrics = _sdpo(taught_LV, taught, config, group)
+    grpo, sdpo = (policy_weights_T * grpo_T).sum(), (taught.weights_T * sdpo_L).sum()
+    return config.grpo_share * grpo + (1.0 - config.grpo_share) * sdpo, {**sdpo_metrics, **metrics}
 
 
 def _sdpo(

@@ -115,8 +115,9 @@ def test_the_cases_are_what_they_are_meant_to_be(single: Path) -> None:
         ("objective.tail=false", "objective.engine_mismatch_cap=none", "rollout.temperature=1.6"),
         ("objective.kind=grpo", "rollout.temperature=0.7"),
         ("objective.kind=next_token", "objective.aggregation=sequence_mean"),
+        ("objective.kind=hybrid", "objective.grpo_share=0.6"),
     ],
-    ids=["sdpo", "alpha-0-tempered", "alpha-1-sequence-mean", "no-tail-tempered", "grpo", "next-token"],
+    ids=["sdpo", "alpha-0-tempered", "alpha-1-sequence-mean", "no-tail-tempered", "grpo", "next-token", "hybrid"],
 )
 def test_one_step_equals_transformers_and_autograd(
     folder: Path, groups: ParallelGroups, tmp_path: Path, model: str, overrides: tuple[str, ...]

@@ -13,7 +13,7 @@ from megatron_sdpo.divergence import divergence, sampled_log_probs, student_supp
 from megatron_sdpo.objective import TokenTargets, advantages, loss, token_weights
 
 VOCABULARY, K = 24, 6
-KINDS = ("sdpo", "grpo", "next_token")
+KINDS = ("sdpo", "grpo", "next_token", "hybrid")
 
 
 def random_batch(tokens: int, seed: int = 0) -> tuple[Tensor, TokenTargets]:
@@ -30,6 +30,7 @@ def random_batch(tokens: int, seed: int = 0) -> tuple[Tensor, TokenTargets]:
     targets = TokenTargets(
         response_ids_T=response_ids_T,
         weights_T=torch.rand(tokens, generator=generator) + 0.1,
+        policy_weights_T=torch.linspace(0.2, 0.4, tokens),
         old_log_probs_T=old_T,
         engine_log_probs_T=old_T + 0.3 * normal(tokens),
         support_ids_TK=ids_TK,
@@ -175,6 +176,25 @@ def test_next_token_is_weighted_cross_entropy() -> None:
     torch.testing.assert_close(metrics["loss/cross_entropy"].double(), losses_T.sum().detach())
 
 
+@pytest.mark.parametrize("share", [0.0, 0.9, 1.0])
+def test_the_hybrid_is_a_share_of_each(share: float) -> None:
+    """With the weights that each has alone: two tokens have no teacher context, so SDPO leaves them out."""
+    logits_TV, targets = random_batch(9)
+    targets = dataclasses.replace(targets, weights_T=targets.weights_T.index_fill(0, torch.tensor([2, 7]), 0.0))
+    assert targets.teacher_log_probs_TK is not None and targets.policy_weights_T is not None
+    targets.teacher_log_probs_TK[[2, 7]] = math.nan
+    value, grad_TV, metrics = loss_and_gradient(logits_TV, targets, ObjectiveConfig(kind="hybrid", grpo_share=share))
+    sdpo, sdpo_TV, sdpo_metrics = loss_and_gradient(logits_TV, targets, ObjectiveConfig(kind="sdpo"))
+    alone = dataclasses.replace(targets, weights_T=targets.policy_weights_T)
+    grpo, grpo_TV, grpo_metrics = loss_and_gradient(logits_TV, alone, ObjectiveConfig(kind="grpo"))
+    rest = 1.0 - share
+    assert torch.equal(value, share * grpo + rest * sdpo)
+    torch.testing.assert_close(grad_TV, share * grpo_TV + rest * sdpo_TV, rtol=1e-5, atol=1e-8)
+    if share in (0.0, 1.0):
+        assert torch.equal(grad_TV, grpo_TV if share else sdpo_TV)
+    assert metrics == {**sdpo_metrics, **grpo_metrics}
+
+
 # ---------------------------------------------------------------------------------- what must not matter
 
 
@@ -212,7 +232,7 @@ def test_a_token_of_weight_zero_has_no_influence(kind: Any, garbage: float) -> N
         if value.is_floating_point():
             value[masked_T] = garbage
         spoilt[field.name] = value
-    spoilt["weights_T"][masked_T] = 0.0
+    spoilt["weights_T"][masked_T] = spoilt["policy_weights_T"][masked_T] = 0.0
     logits_TV[masked_T] = garbage
     value, grad_TV, metrics = loss_and_gradient(logits_TV, TokenTargets(**spoilt), config)
     assert torch.equal(value, expected)
@@ -228,7 +248,7 @@ def test_no_tokens_give_a_connected_zero(kind: Any, masked: bool) -> None:
     logits_TV, targets = random_batch(4)
     nothing_T = torch.arange(0)
     if masked:
-        targets = dataclasses.replace(targets, weights_T=torch.zeros(4))
+        targets = dataclasses.replace(targets, weights_T=torch.zeros(4), policy_weights_T=torch.zeros(4))
     else:
         logits_TV, targets = logits_TV[nothing_T], targets.rows(nothing_T)
     value, grad_TV, metrics = loss_and_gradient(logits_TV, targets, ObjectiveConfig(kind=kind))
@@ -246,7 +266,9 @@ def test_metrics_are_detached_scalars() -> None:
             assert metric.shape == () and metric.dtype == torch.float32 and not metric.requires_grad
 
 
-@pytest.mark.parametrize(("kind", "field"), [("sdpo", "support_ids_TK"), ("grpo", "advantages_T")])
+@pytest.mark.parametrize(
+    ("kind", "field"), [("sdpo", "support_ids_TK"), ("grpo", "advantages_T"), ("hybrid", "policy_weights_T")]
+)
 def test_missing_targets_are_refused(kind: Any, field: str) -> None:
     logits_TV, targets = random_batch(3)
     with pytest.raises(ValueError, match=f"objective kind {kind} needs targets.{field}"):

@@ -56,7 +56,7 @@ def _read_model(config: Config) -> tuple[dict[str, Any], Chat]:
 def _check_teacher_length(config: Config, model: dict[str, Any]) -> None:
     prompt, response = config.teacher_context.max_prompt_tokens, config.rollout.max_new_tokens
     positions = model["max_position_embeddings"]
-    if config.objective.kind == "sdpo" and prompt + response > positions:
+    if config.objective.has_teacher and prompt + response > positions:
         raise ConfigError(
             f"teacher_context.max_prompt_tokens {prompt} with rollout.max_new_tokens {response} is beyond the model's"
             f" {positions} positions; lower teacher_context.max_prompt_tokens to {positions - response} or less"

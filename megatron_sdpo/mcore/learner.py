@@ -45,6 +45,15 @@ class TeacherScores:
     log_probs: dict[int, Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class _SampleNumbers:
+    """What every token of a sample shares, by the sample's position in the batch."""
+
+    weights: Sequence[float]
+    policy_weights: Sequence[float]
+    advantages: Sequence[float]
+
+
 class Learner:
     """Model, optimizer and teacher of one rank. ``step``, the version of the weights, counts generation batches."""
 
@@ -65,12 +74,12 @@ class Learner:
         """
         if self.config.objective.kind == "next_token":
             return StudentScores({}, {})
-        sdpo = self.config.objective.kind == "sdpo"
+        has_teacher = self.config.objective.has_teacher
 
         def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
             logits_NV = self._tempered(logits_NV)
             old_N = sampled_log_probs(logits_NV, micro_batch.response_ids_N, self.groups.tensor)
-            if not sdpo:
+            if not has_teacher:
                 return micro_batch.split(old_N), {}
             ids_NK = student_support(logits_NV, self.config.objective.top_k, self.groups.tensor)
             return micro_batch.split(old_N), micro_batch.split(ids_NK)
@@ -80,7 +89,7 @@ class Learner:
 
     def score_teacher(self, batch: Batch, student: StudentScores) -> TeacherScores:
         """Forward only, under the teacher's weights and contexts: log-probs at the student's support."""
-        if self.config.objective.kind != "sdpo":
+        if not self.config.objective.has_teacher:
             return TeacherScores({})
         shares = [[i for i in share if _taught(batch.samples[i])] for share in self._shares(batch)]
         if not any(shares):
@@ -122,13 +131,10 @@ class Learner:
         self, samples: Sequence[Sample], chosen: Sequence[int], student: StudentScores, teacher: TeacherScores
     ) -> dict[str, float]:
         objective_config = self.config.objective
-        weights = self._weights(samples, chosen)
-        advantages = objective.advantages(
-            [s.reward for s in samples], [s.group for s in samples], objective_config.advantage_std
-        )
+        numbers = self._numbers(samples, chosen)
 
         def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            targets = self._targets(micro_batch, samples, weights, advantages, student, teacher)
+            targets = self._targets(micro_batch, samples, numbers, student, teacher)
             loss, metrics = objective.loss(self._tempered(logits_NV), targets, objective_config, self.groups.tensor)
             return loss, {**metrics, _TOTAL: loss.detach()}
 
@@ -139,29 +145,36 @@ class Learner:
         _, grad_norm, _ = self.optimizer.step()
         return {**self._reduce(reports), "optim/grad_norm": float(grad_norm)}
 
-    def _weights(self, samples: Sequence[Sample], chosen: Sequence[int]) -> list[float]:
-        """Loss weight of each response token of each sample, from counts over the whole mini-batch."""
-        has_target = [self.config.objective.kind != "sdpo" or _taught(samples[i]) for i in chosen]
-        lengths = [len(samples[i].response_ids) for i in chosen]
-        weights = [0.0] * len(samples)
-        for i, weight in zip(chosen, objective.token_weights(lengths, has_target, self.config.objective), strict=True):
-            weights[i] = weight
-        return weights
+    def _numbers(self, samples: Sequence[Sample], chosen: Sequence[int]) -> "_SampleNumbers":
+        """Loss weights from counts over the whole mini-batch, advantages from the groups of the whole batch."""
+        config = self.config.objective
+        rewards, groups = [s.reward for s in samples], [s.group for s in samples]
+
+        def weights(has_target: Sequence[bool]) -> list[float]:
+            lengths = [len(samples[i].response_ids) for i in chosen]
+            found = objective.token_weights(lengths, [has_target[i] for i in chosen], config)
+            by_sample = dict(zip(chosen, found, strict=True))
+            return [by_sample.get(i, 0.0) for i in range(len(samples))]
+
+        return _SampleNumbers(
+            weights=weights([not config.has_teacher or _taught(s) for s in samples]),
+            policy_weights=weights([True] * len(samples)),
+            advantages=objective.advantages(rewards, groups, config.advantage_std),
+        )
 
     def _targets(
         self,
         micro_batch: MicroBatch,
         samples: Sequence[Sample],
-        weights: Sequence[float],
-        advantages: Sequence[float],
+        numbers: "_SampleNumbers",
         student: StudentScores,
         teacher: TeacherScores,
     ) -> objective.TokenTargets:
-        kind = self.config.objective.kind
+        config = self.config.objective
         targets = objective.TokenTargets(
-            response_ids_T=micro_batch.response_ids_N, weights_T=micro_batch.spread(weights).to(self.device)
+            response_ids_T=micro_batch.response_ids_N, weights_T=micro_batch.spread(numbers.weights).to(self.device)
         )
-        if kind == "next_token":
+        if config.kind == "next_token":
             return targets
         engine = {i: torch.tensor(samples[i].engine_log_probs, device=self.device) for i in micro_batch.samples}
         targets = replace(
@@ -169,9 +182,15 @@ class Learner:
             old_log_probs_T=micro_batch.join(student.old_log_probs, self._none()),
             engine_log_probs_T=micro_batch.join(engine, self._none()),
         )
-        if kind == "grpo":
-            return replace(targets, advantages_T=micro_batch.spread(advantages).to(self.device))
-        top_k = self.config.objective.top_k
+        if config.compares_rewards:
+            targets = replace(
+                targets,
+                policy_weights_T=micro_batch.spread(numbers.policy_weights).to(self.device),
+                advantages_T=micro_batch.spread(numbers.advantages).to(self.device),
+            )
+        if not config.has_teacher:
+            return targets
+        top_k = config.top_k
         return replace(
             targets,
             support_ids_TK=micro_batch.join(student.support_ids, self._none(top_k, dtype=torch.int64)),

@@ -1,6 +1,7 @@
 """One optimizer step as one would write it with transformers and autograd: each sample alone, no packing, no shards."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,9 @@ def first_step(
     student: Any, teacher: Any, samples: Sequence[Sample], config: Config
 ) -> tuple[float, float, dict[str, Tensor]]:
     """Loss, gradient norm, and the weights by name after one clipped AdamW step; ``student`` is changed."""
-    weights = _weights(samples, config)
-    terms = [
-        weight * _token_losses(student, teacher, sample, samples, config).sum()
-        for sample, weight in zip(samples, weights, strict=True)
-        if weight
-    ]
-    loss = torch.stack(terms).sum()
+    share = config.objective.grpo_share
+    parts = {"sdpo": 1.0 - share, "grpo": share} if config.objective.kind == "hybrid" else {config.objective.kind: 1.0}
+    loss = torch.stack([part * _loss(student, teacher, samples, kind, config) for kind, part in parts.items()]).sum()
     loss.backward()
     parameters = [p for p in student.parameters() if p.grad is not None]
     norm = torch.stack([p.grad.double().pow(2).sum() for p in parameters]).sum().sqrt().item()
@@ -41,6 +38,16 @@ def first_step(
     betas = (config.optim.beta1, config.optim.beta2)
     torch.optim.AdamW(decay, lr=config.optim.lr, betas=betas, eps=config.optim.eps).step()
     return loss.item(), norm, {name: p.detach() for name, p in student.named_parameters()}
+
+
+def _loss(student: Any, teacher: Any, samples: Sequence[Sample], kind: Any, config: Config) -> Tensor:
+    config = replace(config, objective=replace(config.objective, kind=kind))
+    terms = [
+        weight * _token_losses(student, teacher, sample, samples, config).sum()
+        for sample, weight in zip(samples, _weights(samples, config), strict=True)
+        if weight
+    ]
+    return torch.stack(terms).sum()
 
 
 def _weights(samples: Sequence[Sample], config: Config) -> list[float]:
