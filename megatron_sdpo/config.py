@@ -133,6 +133,9 @@ class ObjectiveConfig:
     """hybrid: the paper's lambda."""
     alpha: float = 0.5
     """0: KL(teacher||student), 1: KL(student||teacher), between: generalised JSD."""
+    support: Literal["top_k", "sampled"] = "top_k"
+    """Where student and teacher are compared: at the student's most probable tokens, or at the sampled token
+    alone, which estimates the gradient of KL(student||teacher)."""
     top_k: int = 100
     """Student tokens kept per position; the rest of the vocabulary is one tail bin."""
     tail: bool = True
@@ -165,6 +168,11 @@ class ObjectiveConfig:
     def compares_rewards(self) -> bool:
         """The attempts of a group are compared by their rewards."""
         return self.kind in ("grpo", "hybrid")
+
+    @property
+    def teacher_columns(self) -> int:
+        """Log-probs that the teacher gives at each response token."""
+        return 1 if self.support == "sampled" else self.top_k + 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -450,3 +458,13 @@ def check(config: Config) -> None:
         )
     if config.objective.compares_rewards and config.rollout.attempts_per_prompt < 2:
         raise ConfigError("GRPO compares attempts at one question; set rollout.attempts_per_prompt to 2 or more")
+    _check_objective(config.objective)
+
+
+def _check_objective(objective: ObjectiveConfig) -> None:
+    """Refuse choices that contradict each other; those that the kind does not use are checked too."""
+    if objective.support == "sampled" and objective.alpha != 1.0:
+        raise ConfigError(
+            f"objective.support=sampled estimates KL(student||teacher), but objective.alpha is {objective.alpha:g};"
+            " set objective.alpha=1"
+        )

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sdpo.config import ObjectiveConfig
-from megatron_sdpo.divergence import divergence, entropy, sampled_log_probs
+from megatron_sdpo.divergence import LOG_FLOOR, divergence, entropy, sampled_log_probs
 
 Metrics = dict[str, Tensor]
 
@@ -57,7 +57,7 @@ class TokenTargets:
     support_ids_TK: Tensor | None = None
     """int64, SDPO: the student's top-K ids."""
     teacher_log_probs_TK: Tensor | None = None
-    """SDPO: the teacher's log-probs at these ids, and in column K + 1 its tail if known."""
+    """SDPO: the teacher's log-probs at these ids, in column K + 1 its tail if known; or [T, 1] at the sampled token."""
     advantages_T: Tensor | None = None
     """GRPO: the advantage of each token's sample."""
     policy_weights_T: Tensor | None = None
@@ -109,6 +109,14 @@ def advantages(rewards: Sequence[float], groups: Sequence[int], std: bool) -> li
             squares = math.fsum((value - mean[group]) ** 2 for value in values)
             scale[group] = math.sqrt(squares / max(1, len(values) - 1)) + STD_FLOOR
     return [(reward - mean[group]) / scale[group] for reward, group in zip(rewards, groups, strict=True)]
+
+
+def sampled_advantages(log_probs_T: Tensor, teacher_log_probs_T: Tensor) -> Tensor:
+    """SDPO's advantage of each sampled token: log q(y) - log p(y), both finite (an impossible token: e^-10000).
+
+    Example: student 1/2, teacher 1/4: -log 2, the token is pushed down.
+    """
+    return teacher_log_probs_T.clamp(min=LOG_FLOOR) - log_probs_T.clamp(min=LOG_FLOOR)
 
 
 def loss(
@@ -165,17 +173,41 @@ def _hybrid(
 def _sdpo(
     logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Metrics]:
-    """Divergence to the teacher times the importance weights."""
+    """Divergence to the teacher, at the chosen support, times the importance weights."""
+    values_T, log_probs_T, found = _SUPPORTS[config.support](logits_TV, targets, config, group)
+    old_T = log_probs_T if targets.old_log_probs_T is None else targets.old_log_probs_T
+    drift_T = _capped_ratio(log_probs_T, old_T, config.policy_drift_clip)
+    mismatch_T, metrics = _engine_mismatch(old_T, targets, config)
+    metrics |= found | _summary("loss/drift_weight", drift_T)
+    return values_T * drift_T * mismatch_T, metrics
+
+
+def _at_top_k(
+    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Metrics]:
+    """Divergence over the student's top-K tokens and the tail; and log pi_theta of the sampled token, detached."""
     ids_TK = _needed(targets.support_ids_TK, "support_ids_TK", config)
     teacher_TK = _needed(targets.teacher_log_probs_TK, "teacher_log_probs_TK", config)
     divergence_T = divergence(logits_TV, ids_TK, teacher_TK, config.alpha, config.tail, group)
     with torch.no_grad():
         log_probs_T = sampled_log_probs(logits_TV, targets.response_ids_T, group)
-    old_T = log_probs_T if targets.old_log_probs_T is None else targets.old_log_probs_T
-    drift_T = _capped_ratio(log_probs_T, old_T, config.policy_drift_clip)
-    mismatch_T, metrics = _engine_mismatch(old_T, targets, config)
-    metrics |= _summary("loss/divergence", divergence_T) | _summary("loss/drift_weight", drift_T)
-    return divergence_T * drift_T * mismatch_T, metrics
+    return divergence_T, log_probs_T, _summary("loss/divergence", divergence_T)
+
+
+def _at_sampled(
+    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Metrics]:
+    """Score function of KL(p || q) at the sampled token y: its gradient, averaged over y ~ p, is that of the KL.
+
+    The value is no divergence; ``loss/divergence`` is the estimate log p(y) - log q(y), which may be negative.
+    """
+    teacher_T = _needed(targets.teacher_log_probs_TK, "teacher_log_probs_TK", config)[:, 0]
+    log_probs_T = sampled_log_probs(logits_TV, targets.response_ids_T, group)
+    advantages_T = sampled_advantages(log_probs_T.detach(), teacher_T)
+    return -advantages_T * log_probs_T, log_probs_T.detach(), {"loss/divergence": -advantages_T.sum()}
+
+
+_SUPPORTS = {"top_k": _at_top_k, "sampled": _at_sampled}
 
 
 def _grpo(

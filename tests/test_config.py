@@ -188,6 +188,8 @@ def test_sizes_must_be_positive(key: str) -> None:
         (["run_dir="], "run_dir is empty; set it"),
         (["model.path="], "model.path is empty; set it"),
         (["objective.kind=grpo", "rollout.attempts_per_prompt=1"], "set rollout.attempts_per_prompt to 2 or more"),
+        (["objective.grpo_share=2"], "objective.grpo_share is 2.0; it must lie between 0 and 1"),
+        (["objective.support=sampled"], "but objective.alpha is 0.5; set objective.alpha=1"),
     ],
 )
 def test_values_that_cannot_work_are_refused(overrides: Sequence[str], sentence: str) -> None:

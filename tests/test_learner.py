@@ -116,8 +116,18 @@ def test_the_cases_are_what_they_are_meant_to_be(single: Path) -> None:
         ("objective.kind=grpo", "rollout.temperature=0.7"),
         ("objective.kind=next_token", "objective.aggregation=sequence_mean"),
         ("objective.kind=hybrid", "objective.grpo_share=0.6"),
+        ("objective.support=sampled", "objective.alpha=1", "rollout.temperature=0.7"),
     ],
-    ids=["sdpo", "alpha-0-tempered", "alpha-1-sequence-mean", "no-tail-tempered", "grpo", "next-token", "hybrid"],
+    ids=[
+        "sdpo",
+        "alpha-0-tempered",
+        "alpha-1-sequence-mean",
+        "no-tail-tempered",
+        "grpo",
+        "next-token",
+        "hybrid",
+        "sampled",
+    ],
 )
 def test_one_step_equals_transformers_and_autograd(
     folder: Path, groups: ParallelGroups, tmp_path: Path, model: str, overrides: tuple[str, ...]

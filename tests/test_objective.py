@@ -176,6 +176,35 @@ def test_next_token_is_weighted_cross_entropy() -> None:
     torch.testing.assert_close(metrics["loss/cross_entropy"].double(), losses_T.sum().detach())
 
 
+SAMPLED = ObjectiveConfig(support="sampled", alpha=1.0, policy_drift_clip=None, engine_mismatch_cap=None)
+
+
+def every_token(log_p_V: Tensor, log_q_V: Tensor) -> tuple[Tensor, TokenTargets]:
+    """One position repeated for each token of the vocabulary, sampled once and weighted by its probability."""
+    count = len(log_p_V)
+    targets = TokenTargets(torch.arange(count), log_p_V.exp(), teacher_log_probs_TK=log_q_V[:, None])
+    return log_p_V.expand(count, -1), targets
+
+
+def test_sampled_by_hand() -> None:
+    """The sampled token has 1/2 with the student and 1/4 with the teacher: advantage -log 2."""
+    logits_TV, targets = two_token_case(1.0)
+    targets = dataclasses.replace(targets, teacher_log_probs_TK=torch.tensor([[0.25]]).log())
+    value, grad_TV, metrics = loss_and_gradient(logits_TV, targets, SAMPLED)
+    assert value.item() == pytest.approx(-(math.log(2) ** 2), rel=1e-6)
+    assert grad_TV[0].tolist() == pytest.approx([0.5 * math.log(2), -0.5 * math.log(2)], rel=1e-6)
+    assert metrics["loss/divergence"].item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_the_sampled_gradient_averages_to_that_of_the_whole_divergence() -> None:
+    log_p_V, log_q_V = (torch.randn(2, 24, generator=torch.Generator().manual_seed(5)) * 2).double().log_softmax(1)
+    _, grad_TV, _ = loss_and_gradient(*every_token(log_p_V, log_q_V), SAMPLED)
+    leaf_V = log_p_V.clone().requires_grad_()
+    p_V = leaf_V.softmax(0)
+    kl = (p_V * (p_V.log() - log_q_V)).sum()
+    torch.testing.assert_close(grad_TV.sum(dim=0), torch.autograd.grad(kl, leaf_V)[0], rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.9, 1.0])
 def test_the_hybrid_is_a_share_of_each(share: float) -> None:
     """With the weights that each has alone: two tokens have no teacher context, so SDPO leaves them out."""

@@ -40,7 +40,10 @@ class StudentScores:
 
 @dataclass(frozen=True, slots=True)
 class TeacherScores:
-    """Per sample position, on the last stage: log-probs fp32 ``[R, K + 1]``, at the student's support and the tail."""
+    """Per sample position, on the last stage: log-probs fp32 ``[R, K + 1]``, at the student's support and the tail.
+
+    ``[R, 1]``, at the sampled token, where the support is that.
+    """
 
     log_probs: dict[int, Tensor]
 
@@ -74,12 +77,12 @@ class Learner:
         """
         if self.config.objective.kind == "next_token":
             return StudentScores({}, {})
-        has_teacher = self.config.objective.has_teacher
+        wanted = self.config.objective.has_teacher and self.config.objective.support == "top_k"
 
         def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
             logits_NV = self._tempered(logits_NV)
             old_N = sampled_log_probs(logits_NV, micro_batch.response_ids_N, self.groups.tensor)
-            if not has_teacher:
+            if not wanted:
                 return micro_batch.split(old_N), {}
             ids_NK = student_support(logits_NV, self.config.objective.top_k, self.groups.tensor)
             return micro_batch.split(old_N), micro_batch.split(ids_NK)
@@ -88,16 +91,18 @@ class Learner:
         return StudentScores(_merge(old for old, _ in found), _merge(ids for _, ids in found))
 
     def score_teacher(self, batch: Batch, student: StudentScores) -> TeacherScores:
-        """Forward only, under the teacher's weights and contexts: log-probs at the student's support."""
+        """Forward only, under the teacher's weights and contexts: log-probs at the support."""
         if not self.config.objective.has_teacher:
             return TeacherScores({})
         shares = [[i for i in share if _taught(batch.samples[i])] for share in self._shares(batch)]
         if not any(shares):
             return TeacherScores({})
 
+        top_k = self.config.objective.support == "top_k"
+
         def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> dict[int, Tensor]:
-            ids_NK = micro_batch.join(student.support_ids, self._none(self.config.objective.top_k, dtype=torch.int64))
-            log_probs_NK1 = support_log_probs(self._tempered(logits_NV), ids_NK, self.groups.tensor, with_tail=True)
+            ids_NK = self._support_ids(micro_batch, student) if top_k else micro_batch.response_ids_N[:, None]
+            log_probs_NK1 = support_log_probs(self._tempered(logits_NV), ids_NK, self.groups.tensor, with_tail=top_k)
             return micro_batch.split(log_probs_NK1)
 
         with self.teacher.swapped_in(list(self.model.parameters())):
@@ -190,20 +195,20 @@ class Learner:
             )
         if not config.has_teacher:
             return targets
-        top_k = config.top_k
-        return replace(
-            targets,
-            support_ids_TK=micro_batch.join(student.support_ids, self._none(top_k, dtype=torch.int64)),
-            teacher_log_probs_TK=micro_batch.join(
-                self._teacher_rows(micro_batch, samples, teacher), self._none(top_k + 1)
-            ),
-        )
+        rows = self._teacher_rows(micro_batch, samples, teacher)
+        targets = replace(targets, teacher_log_probs_TK=micro_batch.join(rows, self._none(config.teacher_columns)))
+        if config.support == "sampled":
+            return targets
+        return replace(targets, support_ids_TK=self._support_ids(micro_batch, student))
+
+    def _support_ids(self, micro_batch: MicroBatch, student: StudentScores) -> Tensor:
+        return micro_batch.join(student.support_ids, self._none(self.config.objective.top_k, dtype=torch.int64))
 
     def _teacher_rows(
         self, micro_batch: MicroBatch, samples: Sequence[Sample], teacher: TeacherScores
     ) -> dict[int, Tensor]:
-        """``[R, K + 1]`` a sample; those without a teacher context have weight zero and get rows of zeros."""
-        columns = self.config.objective.top_k + 1
+        """``[R, columns]`` a sample; those without a teacher context have weight zero and get rows of zeros."""
+        columns = self.config.objective.teacher_columns
         rows = {}
         for i in micro_batch.samples:
             if _taught(samples[i]) != (i in teacher.log_probs):

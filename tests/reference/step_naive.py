@@ -77,6 +77,9 @@ def _token_losses(student: Any, teacher: Any, sample: Sample, samples: Sequence[
     assert sample.teacher_prompt_ids is not None
     with torch.no_grad():
         teacher_RV = _response_logits(teacher, sample.teacher_prompt_ids, sample.response_ids) / temperature
+    if objective.support == "sampled":
+        teacher_R = sdpo_naive.log_probs(teacher_RV).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+        return (log_probs_R.detach() - teacher_R) * log_probs_R * mismatch_R
     ids_RK = sdpo_naive.support(logits_RV.detach(), objective.top_k)
     return sdpo_naive.divergence(logits_RV, teacher_RV, ids_RK, objective.alpha, objective.tail) * mismatch_R
 
