@@ -147,6 +147,14 @@ class ObjectiveConfig:
     masked_in_denominator: bool | None = None
     """Count samples without a teacher context in the denominator. None: as the aggregation's
     source does, token_mean no, sequence_mean yes."""
+    sample_weighting: Literal["uniform", "failed_only", "teacher_confidence", "question_difficulty"] = "uniform"
+    """failed_only: successful attempts have no target, as if without a teacher context;
+    teacher_confidence: a token's distance to the teacher weighs exp(-teacher_confidence_beta * entropy of the
+    teacher); question_difficulty: a question weighs sqrt(p (1 - p)), p its success rate, scaled to mean one
+    over the questions of the batch. The two factors change no denominator."""
+    teacher_confidence_beta: float = 1.0
+    stop_at_saturation: float | None = None
+    """Attempts at a question whose success rate in the batch is at least this have no target; None trains on all."""
     policy_drift_clip: float | None = 2.0
     """Cap of the detached weight pi_theta / pi_old on the sampled token; None switches it off."""
     engine_mismatch_cap: float | None = 2.0
@@ -411,12 +419,19 @@ _AT_LEAST = {
     ),
     0: (
         *("engine.port", "rollout.max_staleness", "evaluation.every", "evaluation.temperature"),
-        *("optim.lr", "optim.warmup_steps", "optim.weight_decay", "optim.clip_grad"),
+        *(
+            "objective.teacher_confidence_beta",
+            "optim.lr",
+            "optim.warmup_steps",
+            "optim.weight_decay",
+            "optim.clip_grad",
+        ),
     ),
 }
 _ABOVE_0 = (
     *("rollout.temperature", "engine.start_timeout_s", "engine.request_timeout_s", "publish.timeout_s", "optim.eps"),
     *("publish.probe_tolerance", "objective.policy_drift_clip", "objective.engine_mismatch_cap"),
+    "objective.stop_at_saturation",
 )
 _FROM_0_TO_1 = ("objective.alpha", "objective.grpo_share", "teacher.update_rate", "optim.min_lr_ratio")
 
@@ -458,6 +473,10 @@ def check(config: Config) -> None:
         )
     if config.objective.compares_rewards and config.rollout.attempts_per_prompt < 2:
         raise ConfigError("GRPO compares attempts at one question; set rollout.attempts_per_prompt to 2 or more")
+    if config.objective.sample_weighting == "question_difficulty" and config.rollout.attempts_per_prompt < 2:
+        raise ConfigError(
+            "a question's difficulty is known from several attempts; set rollout.attempts_per_prompt to 2 or more"
+        )
     _check_objective(config.objective)
 
 
@@ -467,4 +486,19 @@ def _check_objective(objective: ObjectiveConfig) -> None:
         raise ConfigError(
             f"objective.support=sampled estimates KL(student||teacher), but objective.alpha is {objective.alpha:g};"
             " set objective.alpha=1"
+        )
+    weighting = objective.sample_weighting
+    if weighting in ("failed_only", "teacher_confidence") and not objective.has_teacher:
+        raise ConfigError(
+            f"objective.sample_weighting={weighting} weighs what a teacher says, and kind {objective.kind} has none;"
+            " set objective.kind to sdpo or hybrid"
+        )
+    if objective.kind == "next_token" and (weighting != "uniform" or objective.stop_at_saturation is not None):
+        raise ConfigError(
+            "kind next_token has no rewards to weigh by; set objective.sample_weighting=uniform and"
+            " objective.stop_at_saturation=none"
+        )
+    if objective.stop_at_saturation is not None and objective.stop_at_saturation > 1.0:
+        raise ConfigError(
+            f"objective.stop_at_saturation is {objective.stop_at_saturation}; a success rate is at most 1"
         )

@@ -72,7 +72,8 @@ class TokenTargets:
 def token_weights(response_lengths: Sequence[int], has_target: Sequence[bool], config: ObjectiveConfig) -> list[float]:
     """The weight of every response token of each sample, from the whole mini-batch.
 
-    ``has_target`` is False for a sample that must not train (SDPO: no teacher context); its weight is 0.
+    ``has_target`` is False for a sample that must not train (SDPO: no teacher context; ``without_target``);
+    its weight is 0.
     token_mean gives 1 / (tokens), sequence_mean 1 / (sequences * own tokens); which samples are counted in
     the denominator says ``config.masked_in_denominator``. An empty response is a sequence without tokens.
 
@@ -90,6 +91,52 @@ def token_weights(response_lengths: Sequence[int], has_target: Sequence[bool], c
         else 1.0 / (tokens if config.aggregation == "token_mean" else sequences * length)
         for length, target in samples
     ]
+
+
+def without_target(
+    rewards: Sequence[float], groups: Sequence[int], success: float, config: ObjectiveConfig
+) -> tuple[list[bool], list[bool]]:
+    """Which samples the rewards keep from training at all, and which from learning of the teacher.
+
+    ``success`` is the reward from which an attempt is successful. The first are attempts at saturated
+    questions (``stop_at_saturation``), the second these and, with failed_only, the successful attempts. The
+    rates are those of the whole generation batch, also when it is dealt to several mini-batches.
+
+    Example: rewards 1, 1, 0 and 1, 0, 0 of two groups, saturation 0.6: the first three, and these.
+    """
+    limit, rates = config.stop_at_saturation, _success_rates(rewards, groups, success)
+    stopped = [limit is not None and rates[group] >= limit for group in groups]
+    failed_only = config.sample_weighting == "failed_only"
+    return stopped, [stop or (failed_only and reward >= success) for stop, reward in zip(stopped, rewards, strict=True)]
+
+
+def question_factors(
+    rewards: Sequence[float], groups: Sequence[int], success: float, config: ObjectiveConfig
+) -> list[float]:
+    """What question_difficulty multiplies the weight of each sample by; otherwise one.
+
+    sqrt(p (1 - p)) of the question's success rate p, divided by its mean over the questions, each counted once.
+    When no question is between never and always solved, nothing is learned: all factors are zero.
+
+    Example: two groups, one half solved, one never: 2 and 0.
+    """
+    if config.sample_weighting != "question_difficulty":
+        return [1.0] * len(rewards)
+    spread = {group: math.sqrt(rate * (1.0 - rate)) for group, rate in _success_rates(rewards, groups, success).items()}
+    mean = math.fsum(spread.values()) / max(1, len(spread))
+    return [spread[group] / mean if mean else 0.0 for group in groups]
+
+
+def confidence_factors(entropy_T: Tensor, beta: float) -> Tensor:
+    """What teacher_confidence multiplies the weight of each token by: exp(-beta * entropy of the teacher, nats)."""
+    return (-beta * entropy_T).exp()
+
+
+def _success_rates(rewards: Sequence[float], groups: Sequence[int], success: float) -> dict[int, float]:
+    members: defaultdict[int, list[bool]] = defaultdict(list)
+    for reward, group in zip(rewards, groups, strict=True):
+        members[group].append(reward >= success)
+    return {group: sum(successes) / len(successes) for group, successes in members.items()}
 
 
 def advantages(rewards: Sequence[float], groups: Sequence[int], std: bool) -> list[float]:

@@ -189,6 +189,10 @@ def test_sizes_must_be_positive(key: str) -> None:
         (["model.path="], "model.path is empty; set it"),
         (["objective.kind=grpo", "rollout.attempts_per_prompt=1"], "set rollout.attempts_per_prompt to 2 or more"),
         (["objective.grpo_share=2"], "objective.grpo_share is 2.0; it must lie between 0 and 1"),
+        (["objective.stop_at_saturation=1.5"], "objective.stop_at_saturation is 1.5; a success rate is at most 1"),
+        (["objective.sample_weighting=failed_only", "objective.kind=grpo"], "kind grpo has none"),
+        (["objective.sample_weighting=question_difficulty", "objective.kind=next_token"], "no rewards to weigh by"),
+        (["objective.sample_weighting=question_difficulty", "rollout.attempts_per_prompt=1"], "several attempts"),
         (["objective.support=sampled"], "but objective.alpha is 0.5; set objective.alpha=1"),
     ],
 )

@@ -117,6 +117,9 @@ def test_the_cases_are_what_they_are_meant_to_be(single: Path) -> None:
         ("objective.kind=next_token", "objective.aggregation=sequence_mean"),
         ("objective.kind=hybrid", "objective.grpo_share=0.6"),
         ("objective.support=sampled", "objective.alpha=1", "rollout.temperature=0.7"),
+        ("objective.sample_weighting=failed_only", "objective.kind=hybrid"),
+        ("objective.sample_weighting=teacher_confidence", "objective.teacher_confidence_beta=0.3"),
+        ("objective.sample_weighting=question_difficulty", "objective.stop_at_saturation=1"),
     ],
     ids=[
         "sdpo",
@@ -127,6 +130,9 @@ def test_the_cases_are_what_they_are_meant_to_be(single: Path) -> None:
         "next-token",
         "hybrid",
         "sampled",
+        "failed-only",
+        "confidence",
+        "difficulty",
     ],
 )
 def test_one_step_equals_transformers_and_autograd(

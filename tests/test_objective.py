@@ -10,7 +10,15 @@ from torch import Tensor
 
 from megatron_sdpo.config import ObjectiveConfig
 from megatron_sdpo.divergence import divergence, sampled_log_probs, student_support, support_log_probs
-from megatron_sdpo.objective import TokenTargets, advantages, loss, token_weights
+from megatron_sdpo.objective import (
+    TokenTargets,
+    advantages,
+    confidence_factors,
+    loss,
+    question_factors,
+    token_weights,
+    without_target,
+)
 
 VOCABULARY, K = 24, 6
 KINDS = ("sdpo", "grpo", "next_token", "hybrid")
@@ -80,6 +88,40 @@ def test_advantages_by_hand() -> None:
     expected = [1.5, -0.5, 0.0, -0.5, -0.5, 0.0]  # the sample standard deviation of 1, 0, 0, 0 is 1/2
     assert advantages(rewards, groups, std=True) == pytest.approx(expected, rel=1e-5)
     assert advantages([0.1, 0.1, 0.1], [0, 0, 0], std=True) == pytest.approx([0.0] * 3, abs=1e-9)
+
+
+REWARDS, GROUPS = [1.0, 0.6, 0.0, 1.0, 0.0, 0.4, 0.2, 0.0, 0.0], [0, 0, 0, 1, 1, 1, 2, 2, 2]
+"""Success rates 2/3, 1/3 and 0 when a reward of 0.5 is a success."""
+
+
+@pytest.mark.parametrize(
+    ("weighting", "saturation", "stopped", "untaught"),
+    [
+        ("uniform", None, "---------", "---------"),
+        ("failed_only", None, "---------", "xx-x-----"),
+        ("uniform", 0.6, "xxx------", "xxx------"),
+        ("failed_only", 0.6, "xxx------", "xxxx-----"),
+        ("uniform", 1.0, "---------", "---------"),
+    ],
+)
+def test_samples_without_target_by_hand(weighting: Any, saturation: float | None, stopped: str, untaught: str) -> None:
+    config = ObjectiveConfig(sample_weighting=weighting, stop_at_saturation=saturation)
+    found = without_target(REWARDS, GROUPS, 0.5, config)
+    assert found == ([mark == "x" for mark in stopped], [mark == "x" for mark in untaught])
+
+
+def test_question_factors_by_hand() -> None:
+    config = ObjectiveConfig(sample_weighting="question_difficulty")
+    # sqrt(2)/3, sqrt(2)/3 and 0, of mean sqrt(8)/9
+    assert question_factors(REWARDS, GROUPS, 0.5, config) == pytest.approx([1.5] * 6 + [0.0] * 3)
+    assert question_factors([1.0, 0.0], [0, 1], 0.5, config) == [0.0, 0.0]
+    assert question_factors([], [], 0.5, config) == []
+    assert question_factors(REWARDS, GROUPS, 0.5, ObjectiveConfig()) == [1.0] * 9
+
+
+def test_confidence_factors_by_hand() -> None:
+    factors_T = confidence_factors(torch.tensor([0.0, math.log(2), math.log(4)]), 0.5)
+    assert factors_T.tolist() == pytest.approx([1.0, 0.5**0.5, 0.5])
 
 
 # -------------------------------------------------------------------------------------------- by hand

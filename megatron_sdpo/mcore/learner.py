@@ -5,7 +5,7 @@ the sample's position in the batch; see ``batching.assign``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_sdpo import batching, objective
 from megatron_sdpo.batching import MicroBatch, View
 from megatron_sdpo.config import Config
-from megatron_sdpo.divergence import sampled_log_probs, student_support, support_log_probs
+from megatron_sdpo.divergence import entropy, sampled_log_probs, student_support, support_log_probs
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore import optimizer as optim
 from megatron_sdpo.mcore import platform
@@ -46,12 +46,15 @@ class TeacherScores:
     """
 
     log_probs: dict[int, Tensor]
+    entropies: dict[int, Tensor] = field(default_factory=dict)
+    """fp32 ``[R]``, where tokens are weighted by them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _SampleNumbers:
     """What every token of a sample shares, by the sample's position in the batch."""
 
+    has_target: Sequence[bool]
     weights: Sequence[float]
     policy_weights: Sequence[float]
     advantages: Sequence[float]
@@ -94,19 +97,25 @@ class Learner:
         """Forward only, under the teacher's weights and contexts: log-probs at the support."""
         if not self.config.objective.has_teacher:
             return TeacherScores({})
-        shares = [[i for i in share if _taught(batch.samples[i])] for share in self._shares(batch)]
+        _, has_target = self._have_targets(batch.samples)
+        shares = [[i for i in share if has_target[i]] for share in self._shares(batch)]
         if not any(shares):
             return TeacherScores({})
 
         top_k = self.config.objective.support == "top_k"
 
-        def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> dict[int, Tensor]:
+        by_confidence = self.config.objective.sample_weighting == "teacher_confidence"
+
+        def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+            logits_NV = self._tempered(logits_NV)
             ids_NK = self._support_ids(micro_batch, student) if top_k else micro_batch.response_ids_N[:, None]
-            log_probs_NK1 = support_log_probs(self._tempered(logits_NV), ids_NK, self.groups.tensor, with_tail=top_k)
-            return micro_batch.split(log_probs_NK1)
+            log_probs_NK1 = support_log_probs(logits_NV, ids_NK, self.groups.tensor, with_tail=top_k)
+            entropies = micro_batch.split(entropy(logits_NV, self.groups.tensor)) if by_confidence else {}
+            return micro_batch.split(log_probs_NK1), entropies
 
         with self.teacher.swapped_in(list(self.model.parameters())):
-            return TeacherScores(_merge(score(self.model, self._cut(batch.samples, shares, "teacher"), on_logits)))
+            found = score(self.model, self._cut(batch.samples, shares, "teacher"), on_logits)
+        return TeacherScores(_merge(log_probs for log_probs, _ in found), _merge(entropies for _, entropies in found))
 
     def train(self, batch: Batch, student: StudentScores, teacher: TeacherScores) -> dict[str, float]:
         """One optimizer step per mini-batch; metrics are means over them, ``/max`` the largest. Advances ``step``."""
@@ -155,17 +164,35 @@ class Learner:
         config = self.config.objective
         rewards, groups = [s.reward for s in samples], [s.group for s in samples]
 
+        factors = objective.question_factors(rewards, groups, self.config.teacher_context.success_threshold, config)
+        in_use, has_target = self._have_targets(samples)
+
         def weights(has_target: Sequence[bool]) -> list[float]:
             lengths = [len(samples[i].response_ids) for i in chosen]
             found = objective.token_weights(lengths, [has_target[i] for i in chosen], config)
             by_sample = dict(zip(chosen, found, strict=True))
-            return [by_sample.get(i, 0.0) for i in range(len(samples))]
+            return [by_sample.get(i, 0.0) * factors[i] for i in range(len(samples))]
 
         return _SampleNumbers(
-            weights=weights([not config.has_teacher or _taught(s) for s in samples]),
-            policy_weights=weights([True] * len(samples)),
+            has_target=has_target,
+            weights=weights(has_target),
+            policy_weights=weights(in_use),
             advantages=objective.advantages(rewards, groups, config.advantage_std),
         )
+
+    def _have_targets(self, samples: Sequence[Sample]) -> tuple[list[bool], list[bool]]:
+        """Which samples of a whole batch train at all, and which have the kind's target: a teacher's where it has one.
+
+        Only the hybrid trains on samples that the second leaves out.
+        """
+        config = self.config.objective
+        rewards, groups = [s.reward for s in samples], [s.group for s in samples]
+        success = self.config.teacher_context.success_threshold
+        stopped, untaught = objective.without_target(rewards, groups, success, config)
+        in_use = [not stop for stop in stopped]
+        if not config.has_teacher:
+            return in_use, in_use
+        return in_use, [_taught(s) and not left_out for s, left_out in zip(samples, untaught, strict=True)]
 
     def _targets(
         self,
@@ -195,8 +222,12 @@ class Learner:
             )
         if not config.has_teacher:
             return targets
-        rows = self._teacher_rows(micro_batch, samples, teacher)
-        targets = replace(targets, teacher_log_probs_TK=micro_batch.join(rows, self._none(config.teacher_columns)))
+        rows = self._teacher_rows(micro_batch, samples, numbers, teacher.log_probs, config.teacher_columns)
+        targets = replace(targets, teacher_log_probs_TK=rows)
+        if config.sample_weighting == "teacher_confidence":
+            entropy_N = self._teacher_rows(micro_batch, samples, numbers, teacher.entropies)
+            factors_N = objective.confidence_factors(entropy_N, config.teacher_confidence_beta)
+            targets = replace(targets, weights_T=targets.weights_T * factors_N)
         if config.support == "sampled":
             return targets
         return replace(targets, support_ids_TK=self._support_ids(micro_batch, student))
@@ -205,16 +236,20 @@ class Learner:
         return micro_batch.join(student.support_ids, self._none(self.config.objective.top_k, dtype=torch.int64))
 
     def _teacher_rows(
-        self, micro_batch: MicroBatch, samples: Sequence[Sample], teacher: TeacherScores
-    ) -> dict[int, Tensor]:
-        """``[R, columns]`` a sample; those without a teacher context have weight zero and get rows of zeros."""
-        columns = self.config.objective.teacher_columns
-        rows = {}
+        self,
+        micro_batch: MicroBatch,
+        samples: Sequence[Sample],
+        numbers: "_SampleNumbers",
+        found: dict[int, Tensor],
+        *columns: int,
+    ) -> Tensor:
+        """What the teacher found, ``[N, *columns]``; samples without a target have weight zero and get zeros."""
+        rows, none = {}, self._none(*columns)
         for i in micro_batch.samples:
-            if _taught(samples[i]) != (i in teacher.log_probs):
+            if numbers.has_target[i] != (i in found):
                 raise RuntimeError(f"sample {samples[i].id} and the teacher's scores do not belong together")
-            rows[i] = teacher.log_probs.get(i, self._none(columns).new_zeros(len(samples[i].response_ids), columns))
-        return rows
+            rows[i] = found.get(i, none.new_zeros(len(samples[i].response_ids), *columns))
+        return micro_batch.join(rows, none)
 
     def _none(self, *columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """What a padding micro-batch has instead of rows."""

@@ -52,8 +52,27 @@ def _loss(student: Any, teacher: Any, samples: Sequence[Sample], kind: Any, conf
 
 def _weights(samples: Sequence[Sample], config: Config) -> list[float]:
     """Paper: the mean over tokens that have a target. Reference release: over all sequences, the mean of each."""
-    sdpo = config.objective.kind == "sdpo"
+    sdpo, weighting = config.objective.kind == "sdpo", config.objective.sample_weighting
+    success, limit = config.teacher_context.success_threshold, config.objective.stop_at_saturation
     trained = [s.teacher_prompt_ids is not None or not sdpo for s in samples]
+    if sdpo and weighting == "failed_only":
+        trained = [t and s.reward < success for s, t in zip(samples, trained, strict=True)]
+    if limit is not None:
+        trained = [t and _rate(s, samples, success) < limit for s, t in zip(samples, trained, strict=True)]
+    weights = _mean_weights(samples, trained, config)
+    if weighting == "question_difficulty":
+        spread = [(p * (1 - p)) ** 0.5 for p in (_rate(s, samples, success) for s in samples)]
+        mean = sum(spread) / len(spread)  # groups are equally large here
+        weights = [weight * s / mean for weight, s in zip(weights, spread, strict=True)]
+    return weights
+
+
+def _rate(sample: Sample, samples: Sequence[Sample], success: float) -> float:
+    rewards = [s.reward for s in samples if s.group == sample.group]
+    return sum(reward >= success for reward in rewards) / len(rewards)
+
+
+def _mean_weights(samples: Sequence[Sample], trained: Sequence[bool], config: Config) -> list[float]:
     if config.objective.aggregation == "sequence_mean":
         return [t / (len(samples) * len(s.response_ids)) for s, t in zip(samples, trained, strict=True)]
     tokens = sum(len(s.response_ids) for s, t in zip(samples, trained, strict=True) if t)
@@ -77,6 +96,9 @@ def _token_losses(student: Any, teacher: Any, sample: Sample, samples: Sequence[
     assert sample.teacher_prompt_ids is not None
     with torch.no_grad():
         teacher_RV = _response_logits(teacher, sample.teacher_prompt_ids, sample.response_ids) / temperature
+    if objective.sample_weighting == "teacher_confidence":
+        log_q_RV = sdpo_naive.log_probs(teacher_RV)
+        mismatch_R = mismatch_R * (objective.teacher_confidence_beta * (log_q_RV.exp() * log_q_RV).sum(dim=1)).exp()
     if objective.support == "sampled":
         teacher_R = sdpo_naive.log_probs(teacher_RV).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
         return (log_probs_R.detach() - teacher_R) * log_probs_R * mismatch_R
