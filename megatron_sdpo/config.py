@@ -147,6 +147,14 @@ class ObjectiveConfig:
     masked_in_denominator: bool | None = None
     """Count samples without a teacher context in the denominator. None: as the aggregation's
     source does, token_mean no, sequence_mean yes."""
+    credit: Literal["logit", "token", "sequence"] = "logit"
+    """How finely SDPO's advantages log(teacher / student) differ (paper figure 10). logit: as the support has
+    them; token: by the most probable token alone, as top_k 1; sequence: those of the sampled tokens, averaged
+    to one for the whole response before the batch's first step."""
+    advantage_clip: float | None = None
+    """Bound of SDPO's advantages log(teacher / student) in the gradient of alpha 1; None switches it off."""
+    advantage_clip_sides: Literal["one", "two"] = "one"
+    """one: at most the bound; two: at least minus the bound, too."""
     sample_weighting: Literal["uniform", "failed_only", "teacher_confidence", "question_difficulty"] = "uniform"
     """failed_only: successful attempts have no target, as if without a teacher context;
     teacher_confidence: a token's distance to the teacher weighs exp(-teacher_confidence_beta * entropy of the
@@ -178,9 +186,21 @@ class ObjectiveConfig:
         return self.kind in ("grpo", "hybrid")
 
     @property
+    def kept_tokens(self) -> int:
+        """Student tokens kept per position."""
+        return 1 if self.credit == "token" else self.top_k
+
+    @property
     def teacher_columns(self) -> int:
         """Log-probs that the teacher gives at each response token."""
-        return 1 if self.support == "sampled" else self.top_k + 1
+        return 1 if self.support == "sampled" else self.kept_tokens + 1
+
+    @property
+    def advantage_bounds(self) -> tuple[float, float] | None:
+        """Least and greatest SDPO advantage."""
+        if self.advantage_clip is None:
+            return None
+        return (-self.advantage_clip if self.advantage_clip_sides == "two" else -math.inf), self.advantage_clip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -431,7 +451,7 @@ _AT_LEAST = {
 _ABOVE_0 = (
     *("rollout.temperature", "engine.start_timeout_s", "engine.request_timeout_s", "publish.timeout_s", "optim.eps"),
     *("publish.probe_tolerance", "objective.policy_drift_clip", "objective.engine_mismatch_cap"),
-    "objective.stop_at_saturation",
+    *("objective.stop_at_saturation", "objective.advantage_clip"),
 )
 _FROM_0_TO_1 = ("objective.alpha", "objective.grpo_share", "teacher.update_rate", "optim.min_lr_ratio")
 
@@ -486,6 +506,17 @@ def _check_objective(objective: ObjectiveConfig) -> None:
         raise ConfigError(
             f"objective.support=sampled estimates KL(student||teacher), but objective.alpha is {objective.alpha:g};"
             " set objective.alpha=1"
+        )
+    if objective.advantage_clip is not None and objective.alpha != 1.0:
+        raise ConfigError(
+            f"objective.advantage_clip bounds the advantages of KL(student||teacher), but objective.alpha is"
+            f" {objective.alpha:g}; set objective.alpha=1 or objective.advantage_clip=none"
+        )
+    support = {"token": "top_k", "sequence": "sampled"}.get(objective.credit, objective.support)
+    if objective.support != support:
+        raise ConfigError(
+            f"objective.credit={objective.credit} cannot be had at objective.support={objective.support};"
+            f" set objective.support={support}"
         )
     weighting = objective.sample_weighting
     if weighting in ("failed_only", "teacher_confidence") and not objective.has_teacher:

@@ -93,16 +93,20 @@ def divergence(
     alpha: float,
     tail: bool = True,
     group: dist.ProcessGroup | None = None,
+    advantage_bounds: tuple[float, float] | None = None,
 ) -> Tensor:
     """Divergence of student and teacher at each token, with gradient to ``logits_TV`` only; fp32 [T], in nats.
 
     ``teacher_log_probs_TK`` are the teacher's log-probs at ``ids_TK``, from ``support_log_probs``; with K + 1
     columns the last is its tail. With K columns the tail is the rest to one, at least ``TAIL_FLOOR``.
-    ``tail=False`` drops the tail and renormalises the K kept tokens on both sides. ``ValueError`` for an
-    alpha outside [0, 1] or shapes that do not fit.
+    ``tail=False`` drops the tail and renormalises the K kept tokens on both sides. ``advantage_bounds``, for
+    alpha 1 only, clamp the advantages log(q_b / p_b) in the gradient and leave the values. ``ValueError`` for
+    an alpha outside [0, 1], bounds with another alpha than 1, or shapes that do not fit.
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is {alpha}; it must lie between 0 and 1")
+    if advantage_bounds is not None and alpha != 1.0:
+        raise ValueError(f"alpha is {alpha}; advantages have bounds for alpha 1 only")
     tokens, k = ids_TK.shape
     if logits_TV.shape[0] != tokens or teacher_log_probs_TK.shape not in {(tokens, k), (tokens, k + 1)}:
         raise ValueError(
@@ -115,7 +119,7 @@ def divergence(
         log_p_TB, log_q_TB = (x_TB[:, :k].log_softmax(dim=1) for x_TB in (log_p_TB, log_q_TB))
     elif log_q_TB.shape[1] == k:
         log_q_TB = torch.cat([log_q_TB, _rest_to_one(log_q_TB, log_p_TB[:, -1].detach())[:, None]], dim=1)
-    return _BinDivergence.apply(log_p_TB, log_q_TB, alpha)
+    return _BinDivergence.apply(log_p_TB, log_q_TB, alpha, advantage_bounds)
 
 
 @torch.no_grad()
@@ -197,19 +201,23 @@ class _BinDivergence(torch.autograd.Function):
     """log p [T, B], log q [T, B] -> divergence [T]; gradient to log p only."""
 
     @staticmethod
-    def forward(ctx: Any, log_p_TB: Tensor, log_q_TB: Tensor, alpha: float) -> Tensor:
-        values_T, slope_TB = _value_and_slope(log_p_TB, log_q_TB, alpha)
+    def forward(
+        ctx: Any, log_p_TB: Tensor, log_q_TB: Tensor, alpha: float, advantage_bounds: tuple[float, float] | None
+    ) -> Tensor:
+        values_T, slope_TB = _value_and_slope(log_p_TB, log_q_TB, alpha, advantage_bounds)
         ctx.save_for_backward(slope_TB)
         return values_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None, None]:
         (slope_TB,) = ctx.saved_tensors
-        return grad_T[:, None] * slope_TB, None, None
+        return grad_T[:, None] * slope_TB, None, None, None
 
 
-def _value_and_slope(log_p_TB: Tensor, log_q_TB: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _value_and_slope(
+    log_p_TB: Tensor, log_q_TB: Tensor, alpha: float, advantage_bounds: tuple[float, float] | None = None
+) -> tuple[Tensor, Tensor]:
     """Divergence [T] and ``p_b c_b`` [T, B], up to a multiple of ``p_b``, which the softmax ignores.
 
     Each KL is summed as p log(p/q) + q - p, which is the same because p and q both sum to one. No term is
@@ -225,7 +233,8 @@ def _value_and_slope(log_p_TB: Tensor, log_q_TB: Tensor, alpha: float) -> tuple[
         q_minus_p_TB = torch.where(teacher_higher_TB, -q_TB, p_TB) * shrink_TB
         if alpha == 0.0:
             return (q_TB * log_ratio_TB - q_minus_p_TB).sum(dim=1), -q_minus_p_TB
-        return (q_minus_p_TB - p_TB * log_ratio_TB).sum(dim=1), -p_TB * log_ratio_TB
+        advantage_TB = log_ratio_TB if advantage_bounds is None else log_ratio_TB.clamp(*advantage_bounds)
+        return (q_minus_p_TB - p_TB * log_ratio_TB).sum(dim=1), -p_TB * advantage_TB
     # The shares that the smaller and the larger of p and q have in m.
     smaller_TB = torch.where(teacher_higher_TB, 1.0 - alpha, alpha)
     larger_TB = torch.where(teacher_higher_TB, alpha, 1.0 - alpha)

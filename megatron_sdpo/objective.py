@@ -60,6 +60,8 @@ class TokenTargets:
     """SDPO: the teacher's log-probs at these ids, in column K + 1 its tail if known; or [T, 1] at the sampled token."""
     advantages_T: Tensor | None = None
     """GRPO: the advantage of each token's sample."""
+    teacher_advantages_T: Tensor | None = None
+    """SDPO with one advantage a sequence: that of each token's sample, from ``sequence_advantages``."""
     policy_weights_T: Tensor | None = None
     """hybrid: the weight of each token's sample in GRPO's sum."""
 
@@ -158,12 +160,22 @@ def advantages(rewards: Sequence[float], groups: Sequence[int], std: bool) -> li
     return [(reward - mean[group]) / scale[group] for reward, group in zip(rewards, groups, strict=True)]
 
 
-def sampled_advantages(log_probs_T: Tensor, teacher_log_probs_T: Tensor) -> Tensor:
-    """SDPO's advantage of each sampled token: log q(y) - log p(y), both finite (an impossible token: e^-10000).
+def sampled_advantages(log_probs_T: Tensor, teacher_log_probs_T: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    """SDPO's advantage of each sampled token, log q(y) - log p(y), within ``bounds``; an impossible token has e^-10000.
 
     Example: student 1/2, teacher 1/4: -log 2, the token is pushed down.
     """
-    return teacher_log_probs_T.clamp(min=LOG_FLOOR) - log_probs_T.clamp(min=LOG_FLOOR)
+    advantages_T = teacher_log_probs_T.clamp(min=LOG_FLOOR) - log_probs_T.clamp(min=LOG_FLOOR)
+    return advantages_T if bounds is None else advantages_T.clamp(*bounds)
+
+
+def sequence_advantages(advantages_T: Tensor, response_lengths: Sequence[int]) -> Tensor:
+    """The mean over each response, at each of its tokens; responses lie end to end.
+
+    Example: advantages 1, 3, 5 of lengths 2 and 1: 2, 2, 5.
+    """
+    responses = advantages_T.split(list(response_lengths)) if response_lengths else ()
+    return torch.cat([advantages_T[:0], *(response_R.mean().expand_as(response_R) for response_R in responses)])
 
 
 def loss(
@@ -235,7 +247,7 @@ def _at_top_k(
     """Divergence over the student's top-K tokens and the tail; and log pi_theta of the sampled token, detached."""
     ids_TK = _needed(targets.support_ids_TK, "support_ids_TK", config)
     teacher_TK = _needed(targets.teacher_log_probs_TK, "teacher_log_probs_TK", config)
-    divergence_T = divergence(logits_TV, ids_TK, teacher_TK, config.alpha, config.tail, group)
+    divergence_T = divergence(logits_TV, ids_TK, teacher_TK, config.alpha, config.tail, group, config.advantage_bounds)
     with torch.no_grad():
         log_probs_T = sampled_log_probs(logits_TV, targets.response_ids_T, group)
     return divergence_T, log_probs_T, _summary("loss/divergence", divergence_T)
@@ -247,11 +259,17 @@ def _at_sampled(
     """Score function of KL(p || q) at the sampled token y: its gradient, averaged over y ~ p, is that of the KL.
 
     The value is no divergence; ``loss/divergence`` is the estimate log p(y) - log q(y), which may be negative.
+    With one advantage a sequence it takes the place of the token's own.
     """
     teacher_T = _needed(targets.teacher_log_probs_TK, "teacher_log_probs_TK", config)[:, 0]
     log_probs_T = sampled_log_probs(logits_TV, targets.response_ids_T, group)
-    advantages_T = sampled_advantages(log_probs_T.detach(), teacher_T)
-    return -advantages_T * log_probs_T, log_probs_T.detach(), {"loss/divergence": -advantages_T.sum()}
+    log_p_T = log_probs_T.detach()
+    metrics = {"loss/divergence": -sampled_advantages(log_p_T, teacher_T, bounds=None).sum()}
+    if config.credit == "sequence":
+        advantages_T = _needed(targets.teacher_advantages_T, "teacher_advantages_T", config)
+    else:
+        advantages_T = sampled_advantages(log_p_T, teacher_T, config.advantage_bounds)
+    return -advantages_T * log_probs_T, log_p_T, metrics
 
 
 _SUPPORTS = {"top_k": _at_top_k, "sampled": _at_sampled}

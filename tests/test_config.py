@@ -193,6 +193,10 @@ def test_sizes_must_be_positive(key: str) -> None:
         (["objective.sample_weighting=failed_only", "objective.kind=grpo"], "kind grpo has none"),
         (["objective.sample_weighting=question_difficulty", "objective.kind=next_token"], "no rewards to weigh by"),
         (["objective.sample_weighting=question_difficulty", "rollout.attempts_per_prompt=1"], "several attempts"),
+        (["objective.advantage_clip=5"], "advantages of KL(student||teacher), but objective.alpha is 0.5"),
+        (["objective.advantage_clip=0", "objective.alpha=1"], "objective.advantage_clip is 0.0; set it above 0"),
+        (["objective.credit=sequence"], "cannot be had at objective.support=top_k; set objective.support=sampled"),
+        (["objective.credit=token", "objective.support=sampled", "objective.alpha=1"], "set objective.support=top_k"),
         (["objective.support=sampled"], "but objective.alpha is 0.5; set objective.alpha=1"),
     ],
 )

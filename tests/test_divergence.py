@@ -327,10 +327,29 @@ def test_values_keep_their_range(seed: int, width: int, share: float, alpha: flo
         assert (values_T <= bound + 1e-6).all()
 
 
+@pytest.mark.parametrize("bounds", [(-math.inf, 0.4), (-0.7, 0.7), (-math.inf, math.inf)])
+@pytest.mark.parametrize("tail", [True, False])
+def test_clipped_advantages_match_the_oracle(bounds: tuple[float, float], tail: bool) -> None:
+    student_TV, teacher_TV = logits(20).double(), logits(21).double()
+    ids_TK, _, _ = compute(student_TV, teacher_TV, 1.0, 8, tail)
+    leaf_TV, naive_TV = student_TV.clone().requires_grad_(), student_TV.clone().requires_grad_()
+    teacher_TB = dv.support_log_probs(teacher_TV, ids_TK, with_tail=True)
+    clipped_T = dv.divergence(leaf_TV, ids_TK, teacher_TB, 1.0, tail, advantage_bounds=bounds)
+    plain_T = dv.divergence(leaf_TV, ids_TK, teacher_TB, 1.0, tail)
+    assert torch.equal(clipped_T, plain_T)
+    p_TB = naive.bins(naive.log_probs(naive_TV), ids_TK, tail)
+    q_TB = naive.bins(naive.log_probs(teacher_TV), ids_TK, tail)
+    advantage_TB = (q_TB / p_TB.detach()).log().clamp(*bounds)
+    expected_TV = gradient(-(p_TB * advantage_TB).sum(dim=1), naive_TV)
+    torch.testing.assert_close(gradient(clipped_T, leaf_TV), expected_TV, rtol=1e-10, atol=1e-12)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     ids_TK = torch.zeros(TOKENS, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="it must lie between 0 and 1"):
         dv.divergence(logits(0), ids_TK, torch.zeros(TOKENS, 3), 1.5)
+    with pytest.raises(ValueError, match="bounds for alpha 1 only"):
+        dv.divergence(logits(0), ids_TK, torch.zeros(TOKENS, 3), 0.5, advantage_bounds=(-1.0, 1.0))
     with pytest.raises(ValueError, match="needs 3 or 4 columns"):
         dv.divergence(logits(0), ids_TK, torch.zeros(TOKENS, 5), 0.5)
     with pytest.raises(ValueError, match="between 1 and the 32"):

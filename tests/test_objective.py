@@ -16,12 +16,21 @@ from megatron_sdpo.objective import (
     confidence_factors,
     loss,
     question_factors,
+    sampled_advantages,
+    sequence_advantages,
     token_weights,
     without_target,
 )
 
 VOCABULARY, K = 24, 6
-KINDS = ("sdpo", "grpo", "next_token", "hybrid")
+CONFIGS = {
+    "sdpo": ObjectiveConfig(),
+    "sampled": ObjectiveConfig(support="sampled", alpha=1.0),
+    "sequence": ObjectiveConfig(support="sampled", alpha=1.0, credit="sequence"),
+    "grpo": ObjectiveConfig(kind="grpo"),
+    "next_token": ObjectiveConfig(kind="next_token"),
+    "hybrid": ObjectiveConfig(kind="hybrid"),
+}
 
 
 def random_batch(tokens: int, seed: int = 0) -> tuple[Tensor, TokenTargets]:
@@ -44,6 +53,7 @@ def random_batch(tokens: int, seed: int = 0) -> tuple[Tensor, TokenTargets]:
         support_ids_TK=ids_TK,
         teacher_log_probs_TK=support_log_probs(old_TV + normal(tokens, VOCABULARY), ids_TK, with_tail=True),
         advantages_T=normal(tokens),
+        teacher_advantages_T=normal(tokens),
     )
     return old_TV + 0.3 * normal(tokens, VOCABULARY), targets
 
@@ -247,6 +257,43 @@ def test_the_sampled_gradient_averages_to_that_of_the_whole_divergence() -> None
     torch.testing.assert_close(grad_TV.sum(dim=0), torch.autograd.grad(kl, leaf_V)[0], rtol=1e-10, atol=1e-12)
 
 
+def test_sequence_advantages_by_hand() -> None:
+    log_p_T, log_q_T = torch.tensor([0.5, 0.5, 0.25]).log(), torch.tensor([0.25, 0.5, 0.0]).log()
+    bounds = ObjectiveConfig(alpha=1.0, advantage_clip=3.0, advantage_clip_sides="two").advantage_bounds
+    advantages_T = sampled_advantages(log_p_T, log_q_T, bounds)
+    assert advantages_T.tolist() == pytest.approx([-math.log(2), 0.0, -3.0])
+    half = -0.5 * math.log(2)
+    assert sequence_advantages(advantages_T, [2, 0, 1]).tolist() == pytest.approx([half, half, -3.0])
+    assert sequence_advantages(advantages_T[:0], []).shape == (0,)
+
+    logits_TV, targets = two_token_case(1.0, teacher_advantages_T=half)
+    targets = dataclasses.replace(targets, teacher_log_probs_TK=torch.tensor([[0.25]]).log())
+    value, grad_TV, _ = loss_and_gradient(logits_TV, targets, dataclasses.replace(SAMPLED, credit="sequence"))
+    assert value.item() == pytest.approx(half * math.log(2), rel=1e-6)
+    assert grad_TV[0].tolist() == pytest.approx([-0.5 * half, 0.5 * half], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sides", "teacher", "advantage"),
+    [("one", 1e-4, math.log(2e-4)), ("two", 1e-4, -0.5), ("one", 1.0, 0.5), ("two", 1.0, 0.5), ("two", 0.6, None)],
+)
+def test_clipped_advantages_by_hand(sides: Any, teacher: float, advantage: float | None) -> None:
+    """The sampled token has 1/2 with the student; so has the kept one, beside a tail of which the teacher keeps 1/2."""
+    advantage = math.log(2 * teacher) if advantage is None else advantage
+    clip = {"advantage_clip": 0.5, "advantage_clip_sides": sides}
+    logits_TV, targets = two_token_case(1.0)
+    targets = dataclasses.replace(targets, teacher_log_probs_TK=torch.tensor([[teacher]]).log())
+    _, grad_TV, _ = loss_and_gradient(logits_TV, targets, dataclasses.replace(SAMPLED, **clip))
+    assert grad_TV[0].tolist() == pytest.approx([-0.5 * advantage, 0.5 * advantage], rel=1e-5)
+
+    teacher_TB = torch.tensor([[teacher, 0.5]]).log()
+    kept = dataclasses.replace(targets, support_ids_TK=torch.tensor([[0]]), teacher_log_probs_TK=teacher_TB)
+    config = ObjectiveConfig(alpha=1.0, policy_drift_clip=None, engine_mismatch_cap=None)
+    value, grad_TV, _ = loss_and_gradient(logits_TV, kept, dataclasses.replace(config, **clip))
+    assert grad_TV[0].tolist() == pytest.approx([-0.25 * advantage, 0.25 * advantage], rel=1e-5)
+    assert value == loss_and_gradient(logits_TV, kept, config)[0]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.9, 1.0])
 def test_the_hybrid_is_a_share_of_each(share: float) -> None:
     """With the weights that each has alone: two tokens have no teacher context, so SDPO leaves them out."""
@@ -269,12 +316,12 @@ def test_the_hybrid_is_a_share_of_each(share: float) -> None:
 # ---------------------------------------------------------------------------------- what must not matter
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("sizes", [(12,), (5, 7), (1, 0, 11), (1,) * 12])
-def test_a_split_changes_nothing(kind: Any, sizes: tuple[int, ...]) -> None:
+def test_a_split_changes_nothing(name: str, sizes: tuple[int, ...]) -> None:
     logits_TV, targets = random_batch(12)
     targets = dataclasses.replace(targets, weights_T=targets.weights_T.index_fill(0, torch.tensor([3, 4]), 0.0))
-    config = ObjectiveConfig(kind=kind)
+    config = CONFIGS[name]
     value, grad_TV, whole = loss_and_gradient(logits_TV, targets, config)
     parts = []
     for index_T in torch.arange(12).split(sizes):
@@ -288,11 +335,11 @@ def test_a_split_changes_nothing(kind: Any, sizes: tuple[int, ...]) -> None:
         torch.testing.assert_close(combined, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
-def test_a_token_of_weight_zero_has_no_influence(kind: Any, garbage: float) -> None:
+def test_a_token_of_weight_zero_has_no_influence(name: str, garbage: float) -> None:
     logits_TV, targets = random_batch(10)
-    config = ObjectiveConfig(kind=kind)
+    config = CONFIGS[name]
     masked_T = torch.tensor([True, False, False, True, True, False, False, False, False, True])
     kept_T = (~masked_T).nonzero()[:, 0]
     expected, expected_TV, expected_metrics = loss_and_gradient(logits_TV[kept_T], targets.rows(kept_T), config)
@@ -313,25 +360,25 @@ def test_a_token_of_weight_zero_has_no_influence(kind: Any, garbage: float) -> N
     assert metrics["loss/tokens"] == 6
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("masked", [True, False])
-def test_no_tokens_give_a_connected_zero(kind: Any, masked: bool) -> None:
+def test_no_tokens_give_a_connected_zero(name: str, masked: bool) -> None:
     logits_TV, targets = random_batch(4)
     nothing_T = torch.arange(0)
     if masked:
         targets = dataclasses.replace(targets, weights_T=torch.zeros(4), policy_weights_T=torch.zeros(4))
     else:
         logits_TV, targets = logits_TV[nothing_T], targets.rows(nothing_T)
-    value, grad_TV, metrics = loss_and_gradient(logits_TV, targets, ObjectiveConfig(kind=kind))
+    value, grad_TV, metrics = loss_and_gradient(logits_TV, targets, CONFIGS[name])
     assert value == 0 and torch.equal(grad_TV, torch.zeros_like(logits_TV))
     assert all(metric.dtype == torch.float32 and metric == 0 for metric in metrics.values())
-    _, _, full = loss_and_gradient(*random_batch(3), ObjectiveConfig(kind=kind))
+    _, _, full = loss_and_gradient(*random_batch(3), CONFIGS[name])
     assert metrics.keys() == full.keys()
 
 
 def test_metrics_are_detached_scalars() -> None:
-    for kind in KINDS:
-        _, metrics = loss(random_batch(5)[0].requires_grad_(), random_batch(5)[1], ObjectiveConfig(kind=kind))
+    for config in CONFIGS.values():
+        _, metrics = loss(random_batch(5)[0].requires_grad_(), random_batch(5)[1], config)
         assert {"loss/tokens", "loss/entropy"} <= metrics.keys()
         for metric in metrics.values():
             assert metric.shape == () and metric.dtype == torch.float32 and not metric.requires_grad

@@ -87,7 +87,7 @@ class Learner:
             old_N = sampled_log_probs(logits_NV, micro_batch.response_ids_N, self.groups.tensor)
             if not wanted:
                 return micro_batch.split(old_N), {}
-            ids_NK = student_support(logits_NV, self.config.objective.top_k, self.groups.tensor)
+            ids_NK = student_support(logits_NV, self.config.objective.kept_tokens, self.groups.tensor)
             return micro_batch.split(old_N), micro_batch.split(ids_NK)
 
         found = score(self.model, self._cut(batch.samples, self._shares(batch), "student"), on_logits)
@@ -228,12 +228,17 @@ class Learner:
             entropy_N = self._teacher_rows(micro_batch, samples, numbers, teacher.entropies)
             factors_N = objective.confidence_factors(entropy_N, config.teacher_confidence_beta)
             targets = replace(targets, weights_T=targets.weights_T * factors_N)
+        if config.credit == "sequence":
+            old_N = micro_batch.join(student.old_log_probs, self._none())
+            tokens_N = objective.sampled_advantages(old_N, rows[:, 0], config.advantage_bounds)
+            means_N = objective.sequence_advantages(tokens_N, micro_batch.response_lengths)
+            targets = replace(targets, teacher_advantages_T=means_N)
         if config.support == "sampled":
             return targets
         return replace(targets, support_ids_TK=self._support_ids(micro_batch, student))
 
     def _support_ids(self, micro_batch: MicroBatch, student: StudentScores) -> Tensor:
-        return micro_batch.join(student.support_ids, self._none(self.config.objective.top_k, dtype=torch.int64))
+        return micro_batch.join(student.support_ids, self._none(self.config.objective.kept_tokens, dtype=torch.int64))
 
     def _teacher_rows(
         self,

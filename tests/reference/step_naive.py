@@ -101,8 +101,11 @@ def _token_losses(student: Any, teacher: Any, sample: Sample, samples: Sequence[
         mismatch_R = mismatch_R * (objective.teacher_confidence_beta * (log_q_RV.exp() * log_q_RV).sum(dim=1)).exp()
     if objective.support == "sampled":
         teacher_R = sdpo_naive.log_probs(teacher_RV).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
-        return (log_probs_R.detach() - teacher_R) * log_probs_R * mismatch_R
-    ids_RK = sdpo_naive.support(logits_RV.detach(), objective.top_k)
+        advantage_R = teacher_R - log_probs_R.detach()
+        if objective.credit == "sequence":
+            advantage_R = advantage_R.mean()
+        return -advantage_R * log_probs_R * mismatch_R
+    ids_RK = sdpo_naive.support(logits_RV.detach(), 1 if objective.credit == "token" else objective.top_k)
     return sdpo_naive.divergence(logits_RV, teacher_RV, ids_RK, objective.alpha, objective.tail) * mismatch_R
 
 
