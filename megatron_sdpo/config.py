@@ -174,6 +174,8 @@ class ObjectiveConfig:
     """GRPO: ratio clip 1 - clip_low, 1 + clip_high."""
     dual_clip: float | None = 3.0
     """GRPO: bound of the loss for negative advantages; None switches it off."""
+    kl_coefficient: float = 0.0
+    """GRPO: weight of KL(policy || model at the start of the run), estimated at the sampled tokens."""
 
     @property
     def has_teacher(self) -> bool:
@@ -439,13 +441,8 @@ _AT_LEAST = {
     ),
     0: (
         *("engine.port", "rollout.max_staleness", "evaluation.every", "evaluation.temperature"),
-        *(
-            "objective.teacher_confidence_beta",
-            "optim.lr",
-            "optim.warmup_steps",
-            "optim.weight_decay",
-            "optim.clip_grad",
-        ),
+        *("optim.lr", "optim.warmup_steps", "optim.weight_decay", "optim.clip_grad"),
+        *("objective.teacher_confidence_beta", "objective.kl_coefficient"),
     ),
 }
 _ABOVE_0 = (
@@ -517,6 +514,11 @@ def _check_objective(objective: ObjectiveConfig) -> None:
         raise ConfigError(
             f"objective.credit={objective.credit} cannot be had at objective.support={objective.support};"
             f" set objective.support={support}"
+        )
+    if objective.kl_coefficient and not objective.compares_rewards:
+        raise ConfigError(
+            f"objective.kl_coefficient is part of GRPO's loss, which kind {objective.kind} has not;"
+            " set objective.kl_coefficient=0"
         )
     weighting = objective.sample_weighting
     if weighting in ("failed_only", "teacher_confidence") and not objective.has_teacher:

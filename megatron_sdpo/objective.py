@@ -60,6 +60,8 @@ class TokenTargets:
     """SDPO: the teacher's log-probs at these ids, in column K + 1 its tail if known; or [T, 1] at the sampled token."""
     advantages_T: Tensor | None = None
     """GRPO: the advantage of each token's sample."""
+    reference_log_probs_T: Tensor | None = None
+    """GRPO with a penalty: log-probs of the sampled tokens under the reference."""
     teacher_advantages_T: Tensor | None = None
     """SDPO with one advantage a sequence: that of each token's sample, from ``sequence_advantages``."""
     policy_weights_T: Tensor | None = None
@@ -278,7 +280,7 @@ _SUPPORTS = {"top_k": _at_top_k, "sampled": _at_sampled}
 def _grpo(
     logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Metrics]:
-    """Clipped policy gradient: clip-higher, and dual clip for negative advantages."""
+    """Clipped policy gradient: clip-higher, and dual clip for negative advantages; plus the penalty."""
     advantages_T = _needed(targets.advantages_T, "advantages_T", config)
     log_probs_T = sampled_log_probs(logits_TV, targets.response_ids_T, group)
     old_T = log_probs_T.detach() if targets.old_log_probs_T is None else targets.old_log_probs_T
@@ -292,7 +294,21 @@ def _grpo(
     mismatch_T, metrics = _engine_mismatch(old_T, targets, config)
     metrics |= _summary("loss/ratio", ratio_T)
     metrics["loss/clipped"] = (values_T != free_T).float().sum()
-    return values_T * mismatch_T, metrics
+    values_T = values_T * mismatch_T
+    if config.kl_coefficient:
+        kl_T = reference_kl(log_probs_T, _needed(targets.reference_log_probs_T, "reference_log_probs_T", config))
+        metrics |= _summary("loss/reference_kl", kl_T)
+        values_T = values_T + config.kl_coefficient * kl_T
+    return values_T, metrics
+
+
+def reference_kl(log_probs_T: Tensor, reference_T: Tensor) -> Tensor:
+    """KL(policy || reference) estimated at each sampled token: r - log r - 1 with r = reference / policy.
+
+    Never negative and unbiased over tokens of the policy (the "k3" estimator); gradient to ``log_probs_T``.
+    """
+    log_ratio_T = (reference_T - log_probs_T).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return torch.expm1(log_ratio_T) - log_ratio_T
 
 
 def _next_token(

@@ -82,13 +82,14 @@ def make_batch(step: int = 0) -> Batch:
 
 
 def make_learner(config: Config, groups: ParallelGroups, teacher: Path | None = None) -> Learner:
-    """A learner whose teacher has the weights of the directory ``teacher``; None: the student's."""
+    """A learner whose teacher and reference have the weights of the directory ``teacher``; None: the student's."""
     learner = Learner(config, groups)
     if teacher is not None:
         load_hf(learner.model, teacher, groups, config.layout)
         with torch.no_grad():
-            for weight, parameter in zip(learner.teacher.tensors, learner.model.parameters(), strict=True):
-                weight.copy_(parameter)
+            for held in filter(None, (learner.teacher, learner.reference)):
+                for weight, parameter in zip(held.tensors, learner.model.parameters(), strict=True):
+                    weight.copy_(parameter)
         load_hf(learner.model, config.model.path, groups, config.layout)
     return learner
 

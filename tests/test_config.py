@@ -197,6 +197,7 @@ def test_sizes_must_be_positive(key: str) -> None:
         (["objective.advantage_clip=0", "objective.alpha=1"], "objective.advantage_clip is 0.0; set it above 0"),
         (["objective.credit=sequence"], "cannot be had at objective.support=top_k; set objective.support=sampled"),
         (["objective.credit=token", "objective.support=sampled", "objective.alpha=1"], "set objective.support=top_k"),
+        (["objective.kl_coefficient=0.1"], "part of GRPO's loss, which kind sdpo has not"),
         (["objective.support=sampled"], "but objective.alpha is 0.5; set objective.alpha=1"),
     ],
 )

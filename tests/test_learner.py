@@ -119,6 +119,7 @@ def test_the_cases_are_what_they_are_meant_to_be(single: Path) -> None:
         ("objective.support=sampled", "objective.alpha=1", "rollout.temperature=0.7"),
         ("objective.support=sampled", "objective.alpha=1", "objective.credit=sequence"),
         ("objective.credit=token",),
+        ("objective.kind=grpo", "objective.kl_coefficient=0.3", "objective.aggregation=sequence_mean"),
         ("objective.sample_weighting=failed_only", "objective.kind=hybrid"),
         ("objective.sample_weighting=teacher_confidence", "objective.teacher_confidence_beta=0.3"),
         ("objective.sample_weighting=question_difficulty", "objective.stop_at_saturation=1"),
@@ -134,6 +135,7 @@ def test_the_cases_are_what_they_are_meant_to_be(single: Path) -> None:
         "sampled",
         "sequence-credit",
         "token-credit",
+        "grpo-penalty-sequence-mean",
         "failed-only",
         "confidence",
         "difficulty",
@@ -171,6 +173,12 @@ def test_a_teacher_that_knows_no_more_teaches_nothing(folder: Path, groups: Para
     assert metrics["loss/tokens"] == sum(len(s.response_ids) for s in same)
     assert metrics["loss/total"] == pytest.approx(0.0, abs=1e-9)
     assert metrics["optim/grad_norm"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_reference_is_where_the_run_began(folder: Path, groups: ParallelGroups) -> None:
+    learner = make_learner(make_config(folder / "llama", ("objective.kind=grpo", "objective.kl_coefficient=1")), groups)
+    distances = [learn(learner, make_batch(step))["loss/reference_kl"] for step in range(3)]
+    assert distances[0] == 0.0 < distances[1] < distances[2]
 
 
 def test_samples_without_a_context_contribute_nothing(folder: Path, groups: ParallelGroups) -> None:

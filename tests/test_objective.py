@@ -16,6 +16,7 @@ from megatron_sdpo.objective import (
     confidence_factors,
     loss,
     question_factors,
+    reference_kl,
     sampled_advantages,
     sequence_advantages,
     token_weights,
@@ -28,6 +29,7 @@ CONFIGS = {
     "sampled": ObjectiveConfig(support="sampled", alpha=1.0),
     "sequence": ObjectiveConfig(support="sampled", alpha=1.0, credit="sequence"),
     "grpo": ObjectiveConfig(kind="grpo"),
+    "penalised": ObjectiveConfig(kind="grpo", kl_coefficient=0.1),
     "next_token": ObjectiveConfig(kind="next_token"),
     "hybrid": ObjectiveConfig(kind="hybrid"),
 }
@@ -54,6 +56,7 @@ def random_batch(tokens: int, seed: int = 0) -> tuple[Tensor, TokenTargets]:
         teacher_log_probs_TK=support_log_probs(old_TV + normal(tokens, VOCABULARY), ids_TK, with_tail=True),
         advantages_T=normal(tokens),
         teacher_advantages_T=normal(tokens),
+        reference_log_probs_T=old_T + normal(tokens),
     )
     return old_TV + 0.3 * normal(tokens, VOCABULARY), targets
 
@@ -173,6 +176,24 @@ def test_grpo_without_dual_clip() -> None:
     logits_TV, targets = two_token_case(5.0, advantages_T=-1.0)
     value, _, _ = loss_and_gradient(logits_TV, targets, ObjectiveConfig(kind="grpo", dual_clip=None))
     assert value.item() == pytest.approx(5.0, rel=1e-6)
+
+
+def test_reference_penalty_by_hand() -> None:
+    """The reference has 1/4 where the policy has 1/2; the penalty bears no importance weight."""
+    logits_TV, targets = two_token_case(
+        1.0, advantages_T=0.0, reference_log_probs_T=math.log(0.25), engine_log_probs_T=math.log(0.4)
+    )
+    value, grad_TV, metrics = loss_and_gradient(logits_TV, targets, ObjectiveConfig(kind="grpo", kl_coefficient=0.1))
+    kl = 0.5 + math.log(2) - 1
+    assert value.item() == pytest.approx(0.1 * kl, rel=1e-5)
+    assert grad_TV[0].tolist() == pytest.approx([0.025, -0.025], rel=1e-5)  # (1 - r) d log p / dz
+    assert metrics["loss/reference_kl"].item() == pytest.approx(kl, rel=1e-5)
+
+
+def test_the_reference_penalty_averages_to_the_divergence() -> None:
+    log_p_V, log_r_V = (torch.randn(2, 24, generator=torch.Generator().manual_seed(6)) * 2).double().log_softmax(1)
+    expected = (log_p_V.exp() * (log_p_V - log_r_V)).sum()
+    torch.testing.assert_close((log_p_V.exp() * reference_kl(log_p_V, log_r_V)).sum(), expected)
 
 
 @pytest.mark.parametrize(("cap", "weight"), [(2.0, 1.25), (1.1, 1.1), (None, 1.0)])

@@ -36,6 +36,8 @@ class StudentScores:
 
     old_log_probs: dict[int, Tensor]
     support_ids: dict[int, Tensor]
+    reference_log_probs: dict[int, Tensor] = field(default_factory=dict)
+    """fp32 ``[R]``, where GRPO is penalised for leaving the reference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,10 @@ class Learner:
         load_hf(self.model, config.model.path, groups, config.layout)
         self.ddp, self.optimizer = optim.wrap(self.model, config.optim)
         self.teacher = TeacherWeights(optim.masters(self.model), config.teacher.kind, config.teacher.update_rate)
+        # Read from the model's directory at every start, so no checkpoint needs it.
+        self.reference = (
+            TeacherWeights(optim.masters(self.model), "frozen") if config.objective.kl_coefficient else None
+        )
         self.step = 0
 
     def score_student(self, batch: Batch) -> StudentScores:
@@ -90,8 +96,22 @@ class Learner:
             ids_NK = student_support(logits_NV, self.config.objective.kept_tokens, self.groups.tensor)
             return micro_batch.split(old_N), micro_batch.split(ids_NK)
 
-        found = score(self.model, self._cut(batch.samples, self._shares(batch), "student"), on_logits)
-        return StudentScores(_merge(old for old, _ in found), _merge(ids for _, ids in found))
+        micro_batches = self._cut(batch.samples, self._shares(batch), "student")
+        found = score(self.model, micro_batches, on_logits)
+        reference = self._score_reference(micro_batches)
+        return StudentScores(_merge(old for old, _ in found), _merge(ids for _, ids in found), reference)
+
+    def _score_reference(self, micro_batches: Sequence[MicroBatch]) -> dict[int, Tensor]:
+        """Log-probs of the sampled tokens under the model that the run began with; nothing without a penalty."""
+        if self.reference is None:
+            return {}
+
+        def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> dict[int, Tensor]:
+            logits_NV = self._tempered(logits_NV)
+            return micro_batch.split(sampled_log_probs(logits_NV, micro_batch.response_ids_N, self.groups.tensor))
+
+        with self.reference.swapped_in(list(self.model.parameters())):
+            return _merge(score(self.model, micro_batches, on_logits))
 
     def score_teacher(self, batch: Batch, student: StudentScores) -> TeacherScores:
         """Forward only, under the teacher's weights and contexts: log-probs at the support."""
@@ -220,6 +240,9 @@ class Learner:
                 policy_weights_T=micro_batch.spread(numbers.policy_weights).to(self.device),
                 advantages_T=micro_batch.spread(numbers.advantages).to(self.device),
             )
+        if self.reference is not None:
+            reference_N = micro_batch.join(student.reference_log_probs, self._none())
+            targets = replace(targets, reference_log_probs_T=reference_N)
         if not config.has_teacher:
             return targets
         rows = self._teacher_rows(micro_batch, samples, numbers, teacher.log_probs, config.teacher_columns)

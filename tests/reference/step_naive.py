@@ -92,7 +92,12 @@ def _token_losses(student: Any, teacher: Any, sample: Sample, samples: Sequence[
     if objective.kind == "grpo":
         rewards = [s.reward for s in samples if s.group == sample.group]
         advantage = sample.reward - sum(rewards) / len(rewards)
-        return -advantage * (log_probs_R - log_probs_R.detach()).exp() * mismatch_R
+        values_R = -advantage * (log_probs_R - log_probs_R.detach()).exp() * mismatch_R
+        with torch.no_grad():  # the teacher stands in for the reference
+            reference_RV = _response_logits(teacher, sample.prompt_ids, sample.response_ids) / temperature
+        reference_R = sdpo_naive.log_probs(reference_RV).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+        ratio_R = (reference_R - log_probs_R).exp()
+        return values_R + objective.kl_coefficient * (ratio_R - ratio_R.log() - 1)
     assert sample.teacher_prompt_ids is not None
     with torch.no_grad():
         teacher_RV = _response_logits(teacher, sample.teacher_prompt_ids, sample.response_ids) / temperature
