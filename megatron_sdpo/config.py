@@ -118,9 +118,14 @@ class TeacherContextConfig:
 class TeacherConfig:
     """Whose weights teach (paper table 4)."""
 
-    kind: Literal["ema", "frozen", "live"] = "ema"
+    kind: Literal["ema", "frozen", "live", "trust_region"] = "ema"
+    """trust_region: the initial and the current weights each read the context, and their logits are mixed."""
     update_rate: float = 0.05
-    """new = (1 - rate) * teacher + rate * student, fp32, once per generation batch."""
+    """ema: new = (1 - rate) * teacher + rate * student, fp32."""
+    update_every: Literal["generation_batch", "optimizer_step"] = "generation_batch"
+    """ema: when it follows. A batch is scored before its first optimizer step in either case."""
+    mixture: float = 0.01
+    """trust_region: logits = (1 - mixture) * initial + mixture * current (paper eq. 10)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -450,7 +455,13 @@ _ABOVE_0 = (
     *("publish.probe_tolerance", "objective.policy_drift_clip", "objective.engine_mismatch_cap"),
     *("objective.stop_at_saturation", "objective.advantage_clip"),
 )
-_FROM_0_TO_1 = ("objective.alpha", "objective.grpo_share", "teacher.update_rate", "optim.min_lr_ratio")
+_FROM_0_TO_1 = (
+    "objective.alpha",
+    "objective.grpo_share",
+    "teacher.update_rate",
+    "teacher.mixture",
+    "optim.min_lr_ratio",
+)
 
 
 def _check_ranges(config: Config) -> None:
@@ -493,6 +504,11 @@ def check(config: Config) -> None:
     if config.objective.sample_weighting == "question_difficulty" and config.rollout.attempts_per_prompt < 2:
         raise ConfigError(
             "a question's difficulty is known from several attempts; set rollout.attempts_per_prompt to 2 or more"
+        )
+    if config.teacher.update_every == "optimizer_step" and config.teacher.kind != "ema":
+        raise ConfigError(
+            f"a teacher of kind {config.teacher.kind} is never updated; set teacher.update_every=generation_batch or"
+            " teacher.kind=ema"
         )
     _check_objective(config.objective)
 

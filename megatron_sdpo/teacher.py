@@ -1,5 +1,7 @@
 """Teacher weights: an fp32 copy of the student that follows slowly (EMA), never (frozen) or is the student (live).
 
+A trust-region teacher holds the initial weights as a frozen one does; its logits are mixed with the student's.
+
 The copy is fp32 because the average moves by ``update_rate`` times a step's change, which is below the
 resolution of bf16: a bf16 average stays where it is and silently becomes a frozen teacher.
 """
@@ -30,6 +32,16 @@ def ema_update(teacher: Sequence[Tensor], student: Sequence[Tensor], update_rate
         average.lerp_(weight.detach().to(average.device, torch.float32), update_rate)
 
 
+def mixed_logits(initial_NV: Tensor, student_NV: Tensor, mixture: float) -> Tensor:
+    """Logits of the trust-region teacher: q_initial^(1 - mixture) * q_student^mixture, normalised (paper eq. 10).
+
+    Two shards of the same vocabulary entries; fp32 at least. The mixture's own log-sum-exp is needed for any
+    log-prob of it, so it must be formed on every entry before anything is reduced.
+    """
+    dtype = torch.promote_types(initial_NV.dtype, torch.float32)
+    return initial_NV.to(dtype).lerp(student_NV.to(dtype), mixture)
+
+
 class TeacherWeights:
     """The weights that teach, and their way into a model and out of it.
 
@@ -41,7 +53,10 @@ class TeacherWeights:
     """
 
     def __init__(
-        self, weights: Sequence[Tensor], kind: Literal["ema", "frozen", "live"], update_rate: float = 0.05
+        self,
+        weights: Sequence[Tensor],
+        kind: Literal["ema", "frozen", "live", "trust_region"],
+        update_rate: float = 0.05,
     ) -> None:
         """Copy ``weights`` (the fp32 masters where there are any) to fp32; ``live`` copies nothing."""
         self.kind = kind
@@ -53,7 +68,7 @@ class TeacherWeights:
         self._in_model = False
 
     def update(self, masters: Sequence[Tensor]) -> None:
-        """One EMA step towards the student's master weights; nothing for a frozen or live teacher."""
+        """One EMA step towards the student's master weights; nothing for the other kinds."""
         if self._in_model:
             raise RuntimeError("the teacher's weights are in the model; update them after the swap has ended")
         if self.kind == "ema":

@@ -119,6 +119,7 @@ def test_the_cases_are_what_they_are_meant_to_be(single: Path) -> None:
         ("objective.support=sampled", "objective.alpha=1", "rollout.temperature=0.7"),
         ("objective.support=sampled", "objective.alpha=1", "objective.credit=sequence"),
         ("objective.credit=token",),
+        ("teacher.kind=trust_region", "teacher.mixture=0.4", "rollout.temperature=0.7"),
         ("objective.kind=grpo", "objective.kl_coefficient=0.3", "objective.aggregation=sequence_mean"),
         ("objective.sample_weighting=failed_only", "objective.kind=hybrid"),
         ("objective.sample_weighting=teacher_confidence", "objective.teacher_confidence_beta=0.3"),
@@ -135,6 +136,7 @@ def test_the_cases_are_what_they_are_meant_to_be(single: Path) -> None:
         "sampled",
         "sequence-credit",
         "token-credit",
+        "trust-region-tempered",
         "grpo-penalty-sequence-mean",
         "failed-only",
         "confidence",
@@ -207,10 +209,30 @@ def test_probe_log_probs_equal_transformers(folder: Path, groups: ParallelGroups
     assert learner.log_probs(ids) == pytest.approx(reference_log_probs(folder / model, ids).tolist(), abs=1e-5)
 
 
-def test_teacher_and_step_follow_each_batch(folder: Path, groups: ParallelGroups) -> None:
-    learner = make_learner(make_config(folder / "llama", ("teacher.update_rate=0.25",)), groups)
+@pytest.mark.parametrize("when", ["generation_batch", "optimizer_step"])
+def test_teacher_and_step_follow_each_batch(folder: Path, groups: ParallelGroups, when: str) -> None:
+    overrides = ("teacher.update_rate=0.25", f"teacher.update_every={when}")
+    learner = make_learner(make_config(folder / "llama", overrides), groups)
     before = [parameter.detach().clone() for parameter in learner.model.parameters()]
     learn(learner, make_batch())
     assert learner.step == 1
     for teacher, old, new in zip(learner.teacher.tensors, before, learner.model.parameters(), strict=True):
         torch.testing.assert_close(teacher, 0.75 * old + 0.25 * new.detach(), rtol=0, atol=3e-7)
+
+
+def test_a_teacher_that_follows_each_optimizer_step_has_followed_them_all(folder: Path, groups: ParallelGroups) -> None:
+    overrides = ("teacher.update_rate=0.5", "teacher.update_every=optimizer_step", "optim.mini_batches=2")
+    learner = make_learner(make_config(folder / "llama", overrides), groups)
+    wrapped = learner.optimizer.step
+    weights = [[parameter.detach().clone() for parameter in learner.model.parameters()]]
+
+    def step() -> Any:
+        result = wrapped()
+        weights.append([parameter.detach().clone() for parameter in learner.model.parameters()])
+        return result
+
+    learner.optimizer.step = step
+    learn(learner, make_batch())
+    assert len(weights) == 3
+    for teacher, w0, w1, w2 in zip(learner.teacher.tensors, *weights, strict=True):
+        torch.testing.assert_close(teacher, 0.25 * w0 + 0.25 * w1 + 0.5 * w2, rtol=0, atol=3e-7)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_sdpo.teacher import TeacherWeights, ema_update
+from megatron_sdpo.teacher import TeacherWeights, ema_update, mixed_logits
 
 
 def model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
@@ -153,3 +153,13 @@ def test_a_teacher_of_another_model_is_refused() -> None:
     with pytest.raises(ValueError, match="the teacher has 1 tensors"), teacher.swapped_in(parameters):
         pass
     assert_all_equal(parameters, before)
+
+
+def test_mixed_logits_by_hand() -> None:
+    """(0.8, 0.2) and (0.2, 0.8): a quarter of the way, 4^(3/4 - 1/4) = 2 to one."""
+    initial_NV, student_NV = torch.tensor([[0.8, 0.2]]).log(), torch.tensor([[0.2, 0.8]]).log()
+    mixed_NV = mixed_logits(initial_NV, student_NV, 0.25)
+    torch.testing.assert_close(mixed_NV.softmax(dim=1), torch.tensor([[2 / 3, 1 / 3]]))
+    assert torch.equal(mixed_logits(initial_NV, student_NV, 0.0), initial_NV)
+    assert torch.equal(mixed_logits(initial_NV, student_NV, 1.0), student_NV)
+    assert mixed_logits(initial_NV.bfloat16(), student_NV.bfloat16(), 0.5).dtype == torch.float32

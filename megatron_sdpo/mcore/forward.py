@@ -31,6 +31,19 @@ def score(
     return _run(model, model, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
 
 
+@torch.no_grad()
+def hidden_rows(model: HiddenStatesModel, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """Forward only: the final hidden states ``[N, H]`` that predict each micro-batch's responses, for a later head.
+
+    In order; [] before the last stage.
+    """
+
+    def collect(micro_batch: MicroBatch, hidden_T1H: Tensor, non_loss_data: bool = True) -> Tensor:
+        return hidden_T1H[:, 0].index_select(0, micro_batch.rows_N)
+
+    return _run(model, model, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
+
+
 def forward_backward(
     wrapped: torch.nn.Module,
     model: HiddenStatesModel,

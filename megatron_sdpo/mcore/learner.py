@@ -19,11 +19,11 @@ from megatron_sdpo.divergence import entropy, sampled_log_probs, student_support
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore import optimizer as optim
 from megatron_sdpo.mcore import platform
-from megatron_sdpo.mcore.forward import forward_backward, score
+from megatron_sdpo.mcore.forward import forward_backward, hidden_rows, score
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import load_hf
 from megatron_sdpo.mcore.model import build_model
-from megatron_sdpo.teacher import TeacherWeights
+from megatron_sdpo.teacher import TeacherWeights, mixed_logits
 from megatron_sdpo.types import Batch, Sample
 
 _TOTAL = "loss/total"
@@ -50,6 +50,14 @@ class TeacherScores:
     log_probs: dict[int, Tensor]
     entropies: dict[int, Tensor] = field(default_factory=dict)
     """fp32 ``[R]``, where tokens are weighted by them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _TeacherStates:
+    """On the last stage: hidden states ``[R, H]`` by sample position, in the model's dtype, and their head."""
+
+    hidden: dict[int, Tensor]
+    head_VH: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +135,39 @@ class Learner:
         by_confidence = self.config.objective.sample_weighting == "teacher_confidence"
 
         def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-            logits_NV = self._tempered(logits_NV)
+            logits_NV = self._tempered(self._mixed(micro_batch, logits_NV, initial))
             ids_NK = self._support_ids(micro_batch, student) if top_k else micro_batch.response_ids_N[:, None]
             log_probs_NK1 = support_log_probs(logits_NV, ids_NK, self.groups.tensor, with_tail=top_k)
             entropies = micro_batch.split(entropy(logits_NV, self.groups.tensor)) if by_confidence else {}
             return micro_batch.split(log_probs_NK1), entropies
 
-        with self.teacher.swapped_in(list(self.model.parameters())):
-            found = score(self.model, self._cut(batch.samples, shares, "teacher"), on_logits)
+        micro_batches = self._cut(batch.samples, shares, "teacher")
+        initial = None
+        if self.config.teacher.kind == "trust_region":
+            initial = self._teacher_states(micro_batches)
+            found = score(self.model, micro_batches, on_logits)
+        else:
+            with self.teacher.swapped_in(list(self.model.parameters())):
+                found = score(self.model, micro_batches, on_logits)
         return TeacherScores(_merge(log_probs for log_probs, _ in found), _merge(entropies for _, entropies in found))
+
+    def _teacher_states(self, micro_batches: Sequence[MicroBatch]) -> "_TeacherStates":
+        """What the teacher's weights make of the micro-batches, before the head, and the head."""
+        with self.teacher.swapped_in(list(self.model.parameters())):
+            rows = hidden_rows(self.model, micro_batches)
+            # A copy: what the parameter holds here may move with the next optimizer step.
+            head_VH = self.model.head().detach().clone() if self.groups.is_last_stage else None
+        return _TeacherStates(
+            _merge(m.split(rows_NH) for m, rows_NH in zip(micro_batches, rows, strict=False)), head_VH
+        )
+
+    def _mixed(self, micro_batch: MicroBatch, logits_NV: Tensor, initial: "_TeacherStates | None") -> Tensor:
+        """The student's logits, mixed with those of the initial weights for a trust-region teacher."""
+        if initial is None:
+            return logits_NV
+        none = self._none(self.hf_config["hidden_size"], dtype=logits_NV.dtype)
+        initial_NV = self.model.logits(micro_batch.join(initial.hidden, none), initial.head_VH)
+        return mixed_logits(initial_NV, logits_NV, self.config.teacher.mixture)
 
     def train(self, batch: Batch, student: StudentScores, teacher: TeacherScores) -> dict[str, float]:
         """One optimizer step per mini-batch; metrics are means over them, ``/max`` the largest. Advances ``step``."""
@@ -148,8 +180,9 @@ class Learner:
         return {**totals, "optim/lr": rate}
 
     def update_teacher(self) -> None:
-        """Once per generation batch."""
-        self.teacher.update(optim.masters(self.model))
+        """Once per generation batch; the teacher may have followed each optimizer step instead."""
+        if self.config.teacher.update_every == "generation_batch":
+            self.teacher.update(optim.masters(self.model))
 
     def log_probs(self, ids: Sequence[int]) -> list[float]:
         """Natural log-probs of ``ids[1:]``, each given those before it, under the current weights; on every rank."""
@@ -177,6 +210,8 @@ class Learner:
         shares = batching.assign(_costs(samples), chosen, self.groups.data_size)
         reports = forward_backward(self.ddp, self.model, self._cut(samples, shares, "student"), on_logits)
         _, grad_norm, _ = self.optimizer.step()
+        if self.config.teacher.update_every == "optimizer_step":
+            self.teacher.update(optim.masters(self.model))
         return {**self._reduce(reports), "optim/grad_norm": float(grad_norm)}
 
     def _numbers(self, samples: Sequence[Sample], chosen: Sequence[int]) -> "_SampleNumbers":

@@ -28,12 +28,13 @@ class HiddenStatesModel(GPTModel):
         super().__init__(*args, **kwargs)
         self.rotary_in_attention = rotary_in_attention
 
-    def logits(self, hidden_NH: Tensor) -> Tensor:
+    def logits(self, hidden_NH: Tensor, head_VH: Tensor | None = None) -> Tensor:
         """Rows of hidden states -> this rank's vocabulary shard ``logits_NV``; last stage only.
 
+        ``head_VH`` takes the place of the model's own head: states of other weights need the head of these.
         Backward sums the gradient of ``hidden_NH`` over the tensor group, so it is whole on every rank.
         """
-        logits_NV, _ = self.output_layer(hidden_NH, weight=self.head())
+        logits_NV, _ = self.output_layer(hidden_NH, weight=self.head() if head_VH is None else head_VH)
         return logits_NV
 
     def head(self) -> Tensor:

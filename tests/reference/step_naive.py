@@ -101,6 +101,9 @@ def _token_losses(student: Any, teacher: Any, sample: Sample, samples: Sequence[
     assert sample.teacher_prompt_ids is not None
     with torch.no_grad():
         teacher_RV = _response_logits(teacher, sample.teacher_prompt_ids, sample.response_ids) / temperature
+        if config.teacher.kind == "trust_region":
+            live_RV = _response_logits(student, sample.teacher_prompt_ids, sample.response_ids) / temperature
+            teacher_RV = (1 - config.teacher.mixture) * teacher_RV + config.teacher.mixture * live_RV
     if objective.sample_weighting == "teacher_confidence":
         log_q_RV = sdpo_naive.log_probs(teacher_RV)
         mismatch_R = mismatch_R * (objective.teacher_confidence_beta * (log_q_RV.exp() * log_q_RV).sum(dim=1)).exp()
