@@ -138,9 +138,10 @@ class ObjectiveConfig:
     """hybrid: the paper's lambda."""
     alpha: float = 0.5
     """0: KL(teacher||student), 1: KL(student||teacher), between: generalised JSD."""
-    support: Literal["top_k", "sampled"] = "top_k"
-    """Where student and teacher are compared: at the student's most probable tokens, or at the sampled token
-    alone, which estimates the gradient of KL(student||teacher)."""
+    support: Literal["top_k", "vocabulary", "sampled"] = "top_k"
+    """Where student and teacher are compared: at the student's most probable tokens; at every token, for which
+    the teacher's final hidden states are kept until training; or at the sampled token alone, which estimates
+    the gradient of KL(student||teacher)."""
     top_k: int = 100
     """Student tokens kept per position; the rest of the vocabulary is one tail bin."""
     tail: bool = True
@@ -509,6 +510,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"a teacher of kind {config.teacher.kind} is never updated; set teacher.update_every=generation_batch or"
             " teacher.kind=ema"
+        )
+    if config.teacher.kind == "trust_region" and config.objective.support == "vocabulary":
+        raise ConfigError(
+            "a trust-region teacher mixes two models, of which objective.support=vocabulary could keep one;"
+            " set objective.support=top_k"
         )
     _check_objective(config.objective)
 

@@ -103,10 +103,7 @@ def divergence(
     alpha 1 only, clamp the advantages log(q_b / p_b) in the gradient and leave the values. ``ValueError`` for
     an alpha outside [0, 1], bounds with another alpha than 1, or shapes that do not fit.
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha is {alpha}; it must lie between 0 and 1")
-    if advantage_bounds is not None and alpha != 1.0:
-        raise ValueError(f"alpha is {alpha}; advantages have bounds for alpha 1 only")
+    _check_alpha(alpha, advantage_bounds)
     tokens, k = ids_TK.shape
     if logits_TV.shape[0] != tokens or teacher_log_probs_TK.shape not in {(tokens, k), (tokens, k + 1)}:
         raise ValueError(
@@ -120,6 +117,25 @@ def divergence(
     elif log_q_TB.shape[1] == k:
         log_q_TB = torch.cat([log_q_TB, _rest_to_one(log_q_TB, log_p_TB[:, -1].detach())[:, None]], dim=1)
     return _BinDivergence.apply(log_p_TB, log_q_TB, alpha, advantage_bounds)
+
+
+def full_divergence(
+    logits_TV: Tensor,
+    teacher_logits_TV: Tensor,
+    alpha: float,
+    group: dist.ProcessGroup | None = None,
+    advantage_bounds: tuple[float, float] | None = None,
+) -> Tensor:
+    """``divergence`` with one bin for every token of the vocabulary, from the logits of both; fp32 [T], in nats.
+
+    Both are kept for the backward pass, which makes no collective. ``ValueError`` as ``divergence``.
+    """
+    _check_alpha(alpha, advantage_bounds)
+    if logits_TV.shape != teacher_logits_TV.shape:
+        raise ValueError(
+            f"shapes do not fit: logits {tuple(logits_TV.shape)}, teacher's {tuple(teacher_logits_TV.shape)}"
+        )
+    return _FullDivergence.apply(logits_TV, teacher_logits_TV.detach(), alpha, group, advantage_bounds)
 
 
 @torch.no_grad()
@@ -249,10 +265,73 @@ def _value_and_slope(
     return (slope_TB - alpha * q_TB * log_m_over_q_TB).sum(dim=1), slope_TB
 
 
+def _check_alpha(alpha: float, advantage_bounds: tuple[float, float] | None) -> None:
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha is {alpha}; it must lie between 0 and 1")
+    if advantage_bounds is not None and alpha != 1.0:
+        raise ValueError(f"alpha is {alpha}; advantages have bounds for alpha 1 only")
+
+
 def _rest_to_one(log_q_TK: Tensor, log_p_tail_T: Tensor) -> Tensor:
     """Log of the mass that K log-probs leave, [T]; nothing where the student has no tail either."""
     kept_T = log_q_TK.double().logsumexp(dim=1).clamp(max=-TAIL_FLOOR)
     return torch.log(-torch.expm1(kept_T)).to(log_q_TK.dtype).masked_fill(log_p_tail_T == -torch.inf, -torch.inf)
+
+
+class _FullDivergence(torch.autograd.Function):
+    """logits [T, V], teacher's logits [T, V] -> divergence [T]; gradient to the former only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TV: Tensor,
+        teacher_TV: Tensor,
+        alpha: float,
+        group: dist.ProcessGroup | None,
+        advantage_bounds: tuple[float, float] | None,
+    ) -> Tensor:
+        norms_T2 = torch.stack([_log_norm(logits_TV, group), _log_norm(teacher_TV, group)], dim=1)
+        ctx.form = alpha, advantage_bounds
+        sums = []
+        for rows_TV, rows_UV, rows_T2 in _row_blocks(logits_TV, teacher_TV, norms_T2):
+            values_T, slope_TV = _full_value_and_slope(rows_TV, rows_UV, rows_T2, *ctx.form)
+            sums.append(torch.stack([values_T, slope_TV.sum(dim=1)], dim=1))
+        sums_T2 = _all_reduce(torch.cat(sums), dist.ReduceOp.SUM, group)
+        ctx.save_for_backward(logits_TV, teacher_TV, norms_T2, sums_T2)
+        return sums_T2[:, 0].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """Softmax's gradient: the slope less ``p_j`` times its sum over the vocabulary, known from the forward pass."""
+        logits_TV, teacher_TV, norms_T2, sums_T2 = ctx.saved_tensors
+        grad_TV = torch.empty_like(logits_TV)
+        blocks = _row_blocks(grad_TV, logits_TV, teacher_TV, norms_T2, sums_T2[:, 1:], grad_T[:, None])
+        for out_TV, rows_TV, rows_UV, rows_T2, slopes_T1, grad_T1 in blocks:
+            _, slope_TV = _full_value_and_slope(rows_TV, rows_UV, rows_T2, *ctx.form)
+            p_TV = (_widen(rows_TV) - rows_T2[:, :1]).exp_()
+            out_TV.copy_(slope_TV.sub_(p_TV.mul_(slopes_T1)).mul_(grad_T1))
+        return grad_TV, None, None, None, None
+
+
+def _full_value_and_slope(
+    logits_TV: Tensor,
+    teacher_TV: Tensor,
+    norms_T2: Tensor,
+    alpha: float,
+    advantage_bounds: tuple[float, float] | None,
+) -> tuple[Tensor, Tensor]:
+    """This shard's part of the divergence [T], and its slope [T, V]."""
+    log_p_TV, log_q_TV = _widen(logits_TV) - norms_T2[:, :1], _widen(teacher_TV) - norms_T2[:, 1:]
+    return _value_and_slope(log_p_TV, log_q_TV, alpha, advantage_bounds)
+
+
+def _log_norm(logits_TV: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Log-sum-exp of each row over the whole vocabulary, [T]."""
+    top_T1 = _all_reduce(_widen(logits_TV.amax(dim=1, keepdim=True)), dist.ReduceOp.MAX, group)
+    blocks = _row_blocks(logits_TV, top_T1)
+    mass_T = torch.cat([(_widen(rows_TV) - rows_T1).exp_().sum(dim=1) for rows_TV, rows_T1 in blocks])
+    return _all_reduce(mass_T, dist.ReduceOp.SUM, group).log() + top_T1[:, 0]
 
 
 # ------------------------------------------------------------------------------------ shards and rows

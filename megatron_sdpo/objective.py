@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sdpo.config import ObjectiveConfig
-from megatron_sdpo.divergence import LOG_FLOOR, divergence, entropy, sampled_log_probs
+from megatron_sdpo.divergence import LOG_FLOOR, divergence, entropy, full_divergence, sampled_log_probs
 
 Metrics = dict[str, Tensor]
 
@@ -58,6 +58,8 @@ class TokenTargets:
     """int64, SDPO: the student's top-K ids."""
     teacher_log_probs_TK: Tensor | None = None
     """SDPO: the teacher's log-probs at these ids, in column K + 1 its tail if known; or [T, 1] at the sampled token."""
+    teacher_logits_TV: Tensor | None = None
+    """SDPO over the whole vocabulary: the teacher's logits, divided by the temperature, cut as the student's."""
     advantages_T: Tensor | None = None
     """GRPO: the advantage of each token's sample."""
     reference_log_probs_T: Tensor | None = None
@@ -274,7 +276,18 @@ def _at_sampled(
     return -advantages_T * log_probs_T, log_p_T, metrics
 
 
-_SUPPORTS = {"top_k": _at_top_k, "sampled": _at_sampled}
+def _at_vocabulary(
+    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Metrics]:
+    """Divergence over every token; and log pi_theta of the sampled token, detached."""
+    teacher_TV = _needed(targets.teacher_logits_TV, "teacher_logits_TV", config)
+    divergence_T = full_divergence(logits_TV, teacher_TV, config.alpha, group, config.advantage_bounds)
+    with torch.no_grad():
+        log_probs_T = sampled_log_probs(logits_TV, targets.response_ids_T, group)
+    return divergence_T, log_probs_T, _summary("loss/divergence", divergence_T)
+
+
+_SUPPORTS = {"top_k": _at_top_k, "vocabulary": _at_vocabulary, "sampled": _at_sampled}
 
 
 def _grpo(

@@ -63,6 +63,11 @@ def worker(rank: int, folder: str) -> None:
             ids_TK, values_T, leaf_TV = compute(student_TV, teacher_TV, *case, group)
             results[size, case] = {"ids": ids_TK, "values": values_T.detach()}
             graphs[size, case] = values_T, leaf_TV
+        for alpha in ALPHAS:
+            leaf_TV = student_TV.clone().requires_grad_()
+            values_T = dv.full_divergence(leaf_TV, teacher_TV, alpha, group)
+            results[size, "full", alpha] = {"values": values_T.detach()}
+            graphs[size, "full", alpha] = values_T, leaf_TV
         leaf_TV = student_TV.clone().requires_grad_()
         values_T = dv.sampled_log_probs(leaf_TV, torch.arange(TOKENS) * 5, group)
         graphs[size, "sampled"] = values_T, leaf_TV
@@ -108,6 +113,59 @@ def test_shards_match_the_oracle(ranks: list[dict[Any, Any]], size: int, case: t
             torch.testing.assert_close(ranks[rank][size, case]["values"].double(), values_T, rtol=1e-5, atol=1e-6)
         shards_TV = torch.cat([ranks[rank][size, case]["gradient"] for rank in group], dim=1)
         torch.testing.assert_close(shards_TV.double(), grad_TV, rtol=1e-4, atol=1e-6)
+
+
+def full_oracle(student_TV: Tensor, teacher_TV: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Values and gradient over the whole vocabulary, in float64."""
+    leaf_TV = student_TV.double().requires_grad_()
+    p_TV, q_TV = naive.log_probs(leaf_TV).exp(), naive.log_probs(teacher_TV).exp()
+    values_T = naive.bin_divergence(p_TV, q_TV, alpha)
+    return values_T.detach(), gradient(values_T, leaf_TV)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_shards_match_the_oracle_over_the_whole_vocabulary(
+    ranks: list[dict[Any, Any]], size: int, alpha: float
+) -> None:
+    values_T, grad_TV = full_oracle(logits(0), logits(1), alpha)
+    for group in members(size):
+        for rank in group:
+            mine_T = ranks[rank][size, "full", alpha]["values"]
+            torch.testing.assert_close(mine_T.double(), values_T, rtol=1e-5, atol=1e-6)
+        shards_TV = torch.cat([ranks[rank][size, "full", alpha]["gradient"] for rank in group], dim=1)
+        torch.testing.assert_close(shards_TV.double(), grad_TV, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_the_whole_vocabulary(alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float64 to rounding; padding, equal teachers and blocks of rows as with bins."""
+    monkeypatch.setattr(dv, "ROWS", 4)
+    student_TV, teacher_TV = logits(3).double(), logits(4).double()
+    padding_TV = torch.full((TOKENS, 8), -torch.inf).double()
+    leaf_TV = torch.cat([student_TV, padding_TV], dim=1).requires_grad_()
+    values_T = dv.full_divergence(leaf_TV, torch.cat([teacher_TV, padding_TV], dim=1), alpha)
+    expected_T, expected_TV = full_oracle(student_TV, teacher_TV, alpha)
+    torch.testing.assert_close(values_T.detach(), expected_T, rtol=1e-12, atol=1e-13)
+    grad_TV = gradient(values_T, leaf_TV)
+    torch.testing.assert_close(grad_TV[:, :VOCABULARY], expected_TV, rtol=1e-11, atol=1e-13)
+    assert (grad_TV[:, VOCABULARY:] == 0).all()
+    half_TV = logits(5, torch.bfloat16).requires_grad_()
+    equal_T = dv.full_divergence(half_TV, half_TV, alpha)
+    assert equal_T.dtype == torch.float32 and torch.equal(equal_T, torch.zeros(TOKENS))
+    assert torch.equal(gradient(equal_T, half_TV), torch.zeros_like(half_TV))
+    assert dv.full_divergence(student_TV[:0], teacher_TV[:0], alpha).shape == (0,)
+
+
+def test_clipped_advantages_over_the_whole_vocabulary() -> None:
+    student_TV, teacher_TV = logits(3).double(), logits(4).double()
+    ids_TK = torch.arange(VOCABULARY).expand(TOKENS, -1)
+    teacher_TK = dv.support_log_probs(teacher_TV, ids_TK)
+    leaf_TV, other_TV = student_TV.clone().requires_grad_(), student_TV.clone().requires_grad_()
+    full_T = dv.full_divergence(leaf_TV, teacher_TV, 1.0, advantage_bounds=(-0.7, 0.7))
+    binned_T = dv.divergence(other_TV, ids_TK, teacher_TK, 1.0, tail=False, advantage_bounds=(-0.7, 0.7))
+    torch.testing.assert_close(full_T, binned_T, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradient(full_T, leaf_TV), gradient(binned_T, other_TV), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -348,6 +406,8 @@ def test_what_does_not_fit_is_refused() -> None:
     ids_TK = torch.zeros(TOKENS, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="it must lie between 0 and 1"):
         dv.divergence(logits(0), ids_TK, torch.zeros(TOKENS, 3), 1.5)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        dv.full_divergence(logits(0), logits(0, width=8), 0.5)
     with pytest.raises(ValueError, match="bounds for alpha 1 only"):
         dv.divergence(logits(0), ids_TK, torch.zeros(TOKENS, 3), 0.5, advantage_bounds=(-1.0, 1.0))
     with pytest.raises(ValueError, match="needs 3 or 4 columns"):

@@ -26,6 +26,7 @@ from megatron_sdpo.objective import (
 VOCABULARY, K = 24, 6
 CONFIGS = {
     "sdpo": ObjectiveConfig(),
+    "vocabulary": ObjectiveConfig(support="vocabulary"),
     "sampled": ObjectiveConfig(support="sampled", alpha=1.0),
     "sequence": ObjectiveConfig(support="sampled", alpha=1.0, credit="sequence"),
     "grpo": ObjectiveConfig(kind="grpo"),
@@ -54,6 +55,7 @@ def random_batch(tokens: int, seed: int = 0) -> tuple[Tensor, TokenTargets]:
         engine_log_probs_T=old_T + 0.3 * normal(tokens),
         support_ids_TK=ids_TK,
         teacher_log_probs_TK=support_log_probs(old_TV + normal(tokens, VOCABULARY), ids_TK, with_tail=True),
+        teacher_logits_TV=old_TV + normal(tokens, VOCABULARY),
         advantages_T=normal(tokens),
         teacher_advantages_T=normal(tokens),
         reference_log_probs_T=old_T + normal(tokens),

@@ -50,10 +50,12 @@ class TeacherScores:
     log_probs: dict[int, Tensor]
     entropies: dict[int, Tensor] = field(default_factory=dict)
     """fp32 ``[R]``, where tokens are weighted by them."""
+    states: "TeacherStates | None" = None
+    """Instead of both, where the whole vocabulary is compared: what training makes the teacher's logits of."""
 
 
 @dataclass(frozen=True, slots=True)
-class _TeacherStates:
+class TeacherStates:
     """On the last stage: hidden states ``[R, H]`` by sample position, in the model's dtype, and their head."""
 
     hidden: dict[int, Tensor]
@@ -130,8 +132,10 @@ class Learner:
         if not any(shares):
             return TeacherScores({})
 
+        micro_batches = self._cut(batch.samples, shares, "teacher")
+        if self.config.objective.support == "vocabulary":
+            return TeacherScores({}, states=self._teacher_states(micro_batches))
         top_k = self.config.objective.support == "top_k"
-
         by_confidence = self.config.objective.sample_weighting == "teacher_confidence"
 
         def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -141,7 +145,6 @@ class Learner:
             entropies = micro_batch.split(entropy(logits_NV, self.groups.tensor)) if by_confidence else {}
             return micro_batch.split(log_probs_NK1), entropies
 
-        micro_batches = self._cut(batch.samples, shares, "teacher")
         initial = None
         if self.config.teacher.kind == "trust_region":
             initial = self._teacher_states(micro_batches)
@@ -151,17 +154,15 @@ class Learner:
                 found = score(self.model, micro_batches, on_logits)
         return TeacherScores(_merge(log_probs for log_probs, _ in found), _merge(entropies for _, entropies in found))
 
-    def _teacher_states(self, micro_batches: Sequence[MicroBatch]) -> "_TeacherStates":
+    def _teacher_states(self, micro_batches: Sequence[MicroBatch]) -> "TeacherStates":
         """What the teacher's weights make of the micro-batches, before the head, and the head."""
         with self.teacher.swapped_in(list(self.model.parameters())):
             rows = hidden_rows(self.model, micro_batches)
             # A copy: what the parameter holds here may move with the next optimizer step.
             head_VH = self.model.head().detach().clone() if self.groups.is_last_stage else None
-        return _TeacherStates(
-            _merge(m.split(rows_NH) for m, rows_NH in zip(micro_batches, rows, strict=False)), head_VH
-        )
+        return TeacherStates(_merge(m.split(rows_NH) for m, rows_NH in zip(micro_batches, rows, strict=False)), head_VH)
 
-    def _mixed(self, micro_batch: MicroBatch, logits_NV: Tensor, initial: "_TeacherStates | None") -> Tensor:
+    def _mixed(self, micro_batch: MicroBatch, logits_NV: Tensor, initial: "TeacherStates | None") -> Tensor:
         """The student's logits, mixed with those of the initial weights for a trust-region teacher."""
         if initial is None:
             return logits_NV
@@ -280,20 +281,48 @@ class Learner:
             targets = replace(targets, reference_log_probs_T=reference_N)
         if not config.has_teacher:
             return targets
-        rows = self._teacher_rows(micro_batch, samples, numbers, teacher.log_probs, config.teacher_columns)
-        targets = replace(targets, teacher_log_probs_TK=rows)
+        return self._taught_targets(targets, micro_batch, samples, numbers, student, teacher)
+
+    def _taught_targets(
+        self,
+        targets: objective.TokenTargets,
+        micro_batch: MicroBatch,
+        samples: Sequence[Sample],
+        numbers: "_SampleNumbers",
+        student: StudentScores,
+        teacher: TeacherScores,
+    ) -> objective.TokenTargets:
+        """With what the teacher says of each token."""
+        config = self.config.objective
+
+        def rows(found: dict[int, Tensor], *columns: int) -> Tensor:
+            return self._teacher_rows(micro_batch, samples, numbers, found, *columns)
+
+        if config.support == "vocabulary":
+            states = teacher.states or TeacherStates({}, None)
+            logits_NV = self._teacher_logits(rows(states.hidden, self.hf_config["hidden_size"]), states.head_VH)
+            targets = replace(targets, teacher_logits_TV=logits_NV)
+        else:
+            targets = replace(targets, teacher_log_probs_TK=rows(teacher.log_probs, config.teacher_columns))
+        if config.support == "top_k":
+            targets = replace(targets, support_ids_TK=self._support_ids(micro_batch, student))
         if config.sample_weighting == "teacher_confidence":
-            entropy_N = self._teacher_rows(micro_batch, samples, numbers, teacher.entropies)
+            logits_NV = targets.teacher_logits_TV
+            entropy_N = rows(teacher.entropies) if logits_NV is None else entropy(logits_NV, self.groups.tensor)
             factors_N = objective.confidence_factors(entropy_N, config.teacher_confidence_beta)
             targets = replace(targets, weights_T=targets.weights_T * factors_N)
         if config.credit == "sequence":
-            old_N = micro_batch.join(student.old_log_probs, self._none())
-            tokens_N = objective.sampled_advantages(old_N, rows[:, 0], config.advantage_bounds)
+            old_N, teacher_NK = targets.old_log_probs_T, targets.teacher_log_probs_TK
+            assert old_N is not None and teacher_NK is not None
+            tokens_N = objective.sampled_advantages(old_N, teacher_NK[:, 0], config.advantage_bounds)
             means_N = objective.sequence_advantages(tokens_N, micro_batch.response_lengths)
             targets = replace(targets, teacher_advantages_T=means_N)
-        if config.support == "sampled":
-            return targets
-        return replace(targets, support_ids_TK=self._support_ids(micro_batch, student))
+        return targets
+
+    @torch.no_grad()
+    def _teacher_logits(self, hidden_NH: Tensor, head_VH: Tensor | None) -> Tensor:
+        """The teacher's logits of kept hidden states, tempered; without any teacher (no head) the states are zeros."""
+        return self._tempered(self.model.logits(hidden_NH.to(self.model.config.params_dtype), head_VH))
 
     def _support_ids(self, micro_batch: MicroBatch, student: StudentScores) -> Tensor:
         return micro_batch.join(student.support_ids, self._none(self.config.objective.kept_tokens, dtype=torch.int64))

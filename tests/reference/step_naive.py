@@ -113,6 +113,9 @@ def _token_losses(student: Any, teacher: Any, sample: Sample, samples: Sequence[
         if objective.credit == "sequence":
             advantage_R = advantage_R.mean()
         return -advantage_R * log_probs_R * mismatch_R
+    if objective.support == "vocabulary":
+        p_RV, q_RV = (sdpo_naive.log_probs(x_RV).exp() for x_RV in (logits_RV, teacher_RV))
+        return sdpo_naive.bin_divergence(p_RV, q_RV, objective.alpha) * mismatch_R
     ids_RK = sdpo_naive.support(logits_RV.detach(), 1 if objective.credit == "token" else objective.top_k)
     return sdpo_naive.divergence(logits_RV, teacher_RV, ids_RK, objective.alpha, objective.tail) * mismatch_R
 
