@@ -26,6 +26,20 @@ _CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "sdpo-one-sample-each": ("llama", ("optim.mini_batches=9",)),
     "sdpo-tied": ("qwen3-tied", ("optim.mini_batches=2", "rollout.temperature=0.7", "objective.tail=false")),
     "grpo": ("llama", ("objective.kind=grpo", "optim.mini_batches=2", "objective.advantage_std=true")),
+    "hybrid-vocabulary": (
+        "qwen3-tied",
+        (
+            *("objective.kind=hybrid", "objective.grpo_share=0.4", "objective.kl_coefficient=0.5"),
+            *("objective.support=vocabulary", "optim.mini_batches=2", "teacher.update_every=optimizer_step"),
+        ),
+    ),
+    "trust-region-sequence": (
+        "llama",
+        (
+            *("teacher.kind=trust_region", "teacher.mixture=0.3", "objective.support=sampled", "objective.alpha=1"),
+            *("objective.credit=sequence", "objective.sample_weighting=teacher_confidence", "optim.mini_batches=2"),
+        ),
+    ),
     "next-token": ("qwen3-tied", ("objective.kind=next_token",)),
 }
 CASES = {
