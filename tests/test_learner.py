@@ -20,7 +20,7 @@ from megatron_sdpo import batching
 from megatron_sdpo.config import LayoutConfig
 from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
 from megatron_sdpo.mcore.hf import save_hf
-from megatron_sdpo.mcore.learner import TeacherScores
+from megatron_sdpo.mcore.scores import TeacherScores
 from megatron_sdpo.types import Batch
 from tests.dist_learner import BATCHES, CASES, run_cases
 from tests.launch import run_ranks
@@ -177,6 +177,16 @@ def test_a_teacher_that_knows_no_more_teaches_nothing(folder: Path, groups: Para
     assert metrics["loss/tokens"] == sum(len(s.response_ids) for s in same)
     assert metrics["loss/total"] == pytest.approx(0.0, abs=1e-9)
     assert metrics["optim/grad_norm"] == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("override", ["objective.support=vocabulary", "teacher.kind=trust_region"])
+def test_kept_hidden_states_serve_in_bf16(folder: Path, groups: ParallelGroups, override: str) -> None:
+    """The teacher begins as the student and reads the same prompt: what is left is the rounding of bf16."""
+    batch = make_batch()
+    same = tuple(dataclasses.replace(s, teacher_prompt_ids=s.prompt_ids) for s in batch.samples)
+    config = make_config(folder / "llama", ("model.dtype=bfloat16", override))
+    metrics = learn(make_learner(config, groups), dataclasses.replace(batch, samples=same))
+    assert 0.0 <= metrics["loss/total"] < 1e-4
 
 
 def test_the_reference_is_where_the_run_began(folder: Path, groups: ParallelGroups) -> None:

@@ -5,7 +5,7 @@ the sample's position in the batch; see ``batching.assign``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,53 +23,12 @@ from megatron_sdpo.mcore.forward import forward_backward, hidden_rows, score
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import load_hf
 from megatron_sdpo.mcore.model import build_model
+from megatron_sdpo.mcore.scores import SampleNumbers, StudentScores, TeacherScores, TeacherStates
 from megatron_sdpo.teacher import TeacherWeights, mixed_logits
 from megatron_sdpo.types import Batch, Sample
 
 _TOTAL = "loss/total"
 """The weighted sum that is minimised: already whole, not to be divided by tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class StudentScores:
-    """Per sample position, on the last stage: log-probs fp32 ``[R]``, and for SDPO support ids int64 ``[R, K]``."""
-
-    old_log_probs: dict[int, Tensor]
-    support_ids: dict[int, Tensor]
-    reference_log_probs: dict[int, Tensor] = field(default_factory=dict)
-    """fp32 ``[R]``, where GRPO is penalised for leaving the reference."""
-
-
-@dataclass(frozen=True, slots=True)
-class TeacherScores:
-    """Per sample position, on the last stage: log-probs fp32 ``[R, K + 1]``, at the student's support and the tail.
-
-    ``[R, 1]``, at the sampled token, where the support is that.
-    """
-
-    log_probs: dict[int, Tensor]
-    entropies: dict[int, Tensor] = field(default_factory=dict)
-    """fp32 ``[R]``, where tokens are weighted by them."""
-    states: "TeacherStates | None" = None
-    """Instead of both, where the whole vocabulary is compared: what training makes the teacher's logits of."""
-
-
-@dataclass(frozen=True, slots=True)
-class TeacherStates:
-    """On the last stage: hidden states ``[R, H]`` by sample position, in the model's dtype, and their head."""
-
-    hidden: dict[int, Tensor]
-    head_VH: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class _SampleNumbers:
-    """What every token of a sample shares, by the sample's position in the batch."""
-
-    has_target: Sequence[bool]
-    weights: Sequence[float]
-    policy_weights: Sequence[float]
-    advantages: Sequence[float]
 
 
 class Learner:
@@ -154,7 +113,7 @@ class Learner:
                 found = score(self.model, micro_batches, on_logits)
         return TeacherScores(_merge(log_probs for log_probs, _ in found), _merge(entropies for _, entropies in found))
 
-    def _teacher_states(self, micro_batches: Sequence[MicroBatch]) -> "TeacherStates":
+    def _teacher_states(self, micro_batches: Sequence[MicroBatch]) -> TeacherStates:
         """What the teacher's weights make of the micro-batches, before the head, and the head."""
         with self.teacher.swapped_in(list(self.model.parameters())):
             rows = hidden_rows(self.model, micro_batches)
@@ -162,7 +121,7 @@ class Learner:
             head_VH = self.model.head().detach().clone() if self.groups.is_last_stage else None
         return TeacherStates(_merge(m.split(rows_NH) for m, rows_NH in zip(micro_batches, rows, strict=False)), head_VH)
 
-    def _mixed(self, micro_batch: MicroBatch, logits_NV: Tensor, initial: "TeacherStates | None") -> Tensor:
+    def _mixed(self, micro_batch: MicroBatch, logits_NV: Tensor, initial: TeacherStates | None) -> Tensor:
         """The student's logits, mixed with those of the initial weights for a trust-region teacher."""
         if initial is None:
             return logits_NV
@@ -215,7 +174,7 @@ class Learner:
             self.teacher.update(optim.masters(self.model))
         return {**self._reduce(reports), "optim/grad_norm": float(grad_norm)}
 
-    def _numbers(self, samples: Sequence[Sample], chosen: Sequence[int]) -> "_SampleNumbers":
+    def _numbers(self, samples: Sequence[Sample], chosen: Sequence[int]) -> SampleNumbers:
         """Loss weights from counts over the whole mini-batch, advantages from the groups of the whole batch."""
         config = self.config.objective
         rewards, groups = [s.reward for s in samples], [s.group for s in samples]
@@ -229,7 +188,7 @@ class Learner:
             by_sample = dict(zip(chosen, found, strict=True))
             return [by_sample.get(i, 0.0) * factors[i] for i in range(len(samples))]
 
-        return _SampleNumbers(
+        return SampleNumbers(
             has_target=has_target,
             weights=weights(has_target),
             policy_weights=weights(in_use),
@@ -254,7 +213,7 @@ class Learner:
         self,
         micro_batch: MicroBatch,
         samples: Sequence[Sample],
-        numbers: "_SampleNumbers",
+        numbers: SampleNumbers,
         student: StudentScores,
         teacher: TeacherScores,
     ) -> objective.TokenTargets:
@@ -288,7 +247,7 @@ class Learner:
         targets: objective.TokenTargets,
         micro_batch: MicroBatch,
         samples: Sequence[Sample],
-        numbers: "_SampleNumbers",
+        numbers: SampleNumbers,
         student: StudentScores,
         teacher: TeacherScores,
     ) -> objective.TokenTargets:
@@ -331,7 +290,7 @@ class Learner:
         self,
         micro_batch: MicroBatch,
         samples: Sequence[Sample],
-        numbers: "_SampleNumbers",
+        numbers: SampleNumbers,
         found: dict[int, Tensor],
         *columns: int,
     ) -> Tensor:
