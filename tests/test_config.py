@@ -1,5 +1,6 @@
 """The configuration tree: overrides, the saved file, and every refusal with its sentence."""
 
+import dataclasses
 import json
 import tempfile
 import typing
@@ -265,7 +266,7 @@ def test_an_incomplete_model_directory_is_refused_until_it_is_complete(tmp_path:
 def test_the_leaves_cover_the_whole_tree() -> None:
     leaves = configuration.fields_by_name()
     assert leaves["optim.lr"] == (float, 1e-5)
-    assert {key for key, (_, default) in leaves.items() if default is configuration.dataclasses.MISSING} == {
+    assert {key for key, (_, default) in leaves.items() if default is dataclasses.MISSING} == {
         "name",
         "run_dir",
         "steps",

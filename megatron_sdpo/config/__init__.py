@@ -1,0 +1,57 @@
+"""The configuration tree: frozen dataclasses, each default in one place, no torch.
+
+A recipe (recipes/) returns a complete ``Config``; ``apply_overrides`` changes fields by dotted name; ``check`` refuses
+what cannot work before anything is started; the resolved tree is saved as ``config.json`` in the run directory. Every
+refusal is a ``ConfigError`` with one sentence that says what was wrong and what to set.
+
+===========  =======================================================
+tree.py      the dataclasses: every key, its default, what it means
+reading.py   overrides, JSON in and out, strictly
+checks.py    what values may be, alone and together
+===========  =======================================================
+"""
+
+from megatron_sdpo.config.checks import check
+from megatron_sdpo.config.reading import apply_overrides, fields_by_name, load, read_json, save, type_words
+from megatron_sdpo.config.tree import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    EngineConfig,
+    EvaluationConfig,
+    LayoutConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PublishConfig,
+    RolloutConfig,
+    TaskConfig,
+    TeacherConfig,
+    TeacherContextConfig,
+    TrackingConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "EngineConfig",
+    "EvaluationConfig",
+    "LayoutConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "PublishConfig",
+    "RolloutConfig",
+    "TaskConfig",
+    "TeacherConfig",
+    "TeacherContextConfig",
+    "TrackingConfig",
+    "apply_overrides",
+    "check",
+    "fields_by_name",
+    "load",
+    "read_json",
+    "save",
+    "type_words",
+]

@@ -1,0 +1,128 @@
+"""What values may be, alone and together, whatever the model is."""
+
+from operator import attrgetter
+
+from megatron_sdpo.config.tree import Config, ConfigError, ObjectiveConfig
+
+_AT_LEAST = {
+    2: ("publish.probe_tokens",),
+    1: (
+        *("steps", "model.max_length", "optim.mini_batches", "objective.top_k", "publish.bucket_bytes"),
+        *("layout.tensor_parallel", "layout.pipeline_parallel", "layout.world_size", "layout.tokens_per_micro_batch"),
+        *("engine.count", "engine.tensor_parallel", "engine.max_running_requests", "engine.max_total_tokens"),
+        *("rollout.prompts_per_step", "rollout.attempts_per_prompt", "rollout.max_new_tokens"),
+        *("rollout.verify_workers", "teacher_context.max_prompt_tokens"),
+        *("checkpoint.every", "checkpoint.keep", "evaluation.attempts", "evaluation.questions"),
+    ),
+    0: (
+        *("engine.port", "rollout.max_staleness", "evaluation.every", "evaluation.temperature"),
+        *("optim.lr", "optim.warmup_steps", "optim.weight_decay", "optim.clip_grad"),
+        *("objective.teacher_confidence_beta", "objective.kl_coefficient"),
+    ),
+}
+_ABOVE_0 = (
+    *("rollout.temperature", "engine.start_timeout_s", "engine.request_timeout_s", "publish.timeout_s", "optim.eps"),
+    *("publish.probe_tolerance", "objective.policy_drift_clip", "objective.engine_mismatch_cap"),
+    *("objective.stop_at_saturation", "objective.advantage_clip"),
+)
+_FROM_0_TO_1 = (
+    "objective.alpha",
+    "objective.grpo_share",
+    "teacher.update_rate",
+    "teacher.mixture",
+    "optim.min_lr_ratio",
+)
+
+
+def _check_ranges(config: Config) -> None:
+    for least, keys in _AT_LEAST.items():
+        for key in keys:
+            value = attrgetter(key)(config)
+            if value is not None and value < least:
+                raise ConfigError(f"{key} is {value}; it must be at least {least}")
+    for key in _ABOVE_0:
+        value = attrgetter(key)(config)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{key} is {value}; set it above 0")
+    for key in _FROM_0_TO_1:
+        if not 0.0 <= attrgetter(key)(config) <= 1.0:
+            raise ConfigError(f"{key} is {attrgetter(key)(config)}; it must lie between 0 and 1")
+
+
+def check(config: Config) -> None:
+    """Refuse values that cannot work whatever the model is (``hf_config.check_model`` knows its sizes)."""
+    _check_ranges(config)
+    layout, engine = config.layout, config.engine
+    for key in ("name", "run_dir", "model.path", "engine.host"):
+        if not attrgetter(key)(config):
+            raise ConfigError(f"{key} is empty; set it")
+    model_parallel = layout.tensor_parallel * layout.pipeline_parallel
+    if layout.world_size % model_parallel:
+        raise ConfigError(
+            f"layout.world_size {layout.world_size} is not a multiple of tensor_parallel * pipeline_parallel"
+            f" = {model_parallel}; set it to {model_parallel} or a multiple"
+        )
+    if engine.port + engine.count > 65535:
+        raise ConfigError(f"engine.port is {engine.port}; it and the {engine.count} after it must be below 65536")
+    if engine.max_total_tokens is not None and engine.max_total_tokens < config.model.max_length:
+        raise ConfigError(
+            f"engine.max_total_tokens {engine.max_total_tokens} cannot hold one sequence of model.max_length"
+            f" {config.model.max_length}; raise the one or lower the other"
+        )
+    if config.objective.compares_rewards and config.rollout.attempts_per_prompt < 2:
+        raise ConfigError("GRPO compares attempts at one question; set rollout.attempts_per_prompt to 2 or more")
+    if config.objective.sample_weighting == "question_difficulty" and config.rollout.attempts_per_prompt < 2:
+        raise ConfigError(
+            "a question's difficulty is known from several attempts; set rollout.attempts_per_prompt to 2 or more"
+        )
+    if config.teacher.update_every == "optimizer_step" and config.teacher.kind != "ema":
+        raise ConfigError(
+            f"a teacher of kind {config.teacher.kind} is never updated; set teacher.update_every=generation_batch or"
+            " teacher.kind=ema"
+        )
+    if config.teacher.kind == "trust_region" and config.objective.support == "vocabulary":
+        raise ConfigError(
+            "a trust-region teacher mixes two models, of which objective.support=vocabulary could keep one;"
+            " set objective.support=top_k"
+        )
+    _check_objective(config.objective)
+
+
+def _check_objective(objective: ObjectiveConfig) -> None:
+    """Refuse choices that contradict each other; those that the kind does not use are checked too."""
+    if objective.support == "sampled" and objective.alpha != 1.0:
+        raise ConfigError(
+            f"objective.support=sampled estimates KL(student||teacher), but objective.alpha is {objective.alpha:g};"
+            " set objective.alpha=1"
+        )
+    if objective.advantage_clip is not None and objective.alpha != 1.0:
+        raise ConfigError(
+            f"objective.advantage_clip bounds the advantages of KL(student||teacher), but objective.alpha is"
+            f" {objective.alpha:g}; set objective.alpha=1 or objective.advantage_clip=none"
+        )
+    support = {"token": "top_k", "sequence": "sampled"}.get(objective.credit, objective.support)
+    if objective.support != support:
+        raise ConfigError(
+            f"objective.credit={objective.credit} cannot be had at objective.support={objective.support};"
+            f" set objective.support={support}"
+        )
+    if objective.kl_coefficient and not objective.compares_rewards:
+        raise ConfigError(
+            f"objective.kl_coefficient is part of GRPO's loss, which kind {objective.kind} has not;"
+            " set objective.kl_coefficient=0"
+        )
+    weighting = objective.sample_weighting
+    if weighting in ("failed_only", "teacher_confidence") and not objective.has_teacher:
+        raise ConfigError(
+            f"objective.sample_weighting={weighting} weighs what a teacher says, and kind {objective.kind} has none;"
+            " set objective.kind to sdpo or hybrid"
+        )
+    if objective.kind == "next_token" and (weighting != "uniform" or objective.stop_at_saturation is not None):
+        raise ConfigError(
+            "kind next_token has no rewards to weigh by; set objective.sample_weighting=uniform and"
+            " objective.stop_at_saturation=none"
+        )
+    if objective.stop_at_saturation is not None and objective.stop_at_saturation > 1.0:
+        raise ConfigError(
+            f"objective.stop_at_saturation is {objective.stop_at_saturation}; a success rate is at most 1"
+        )

@@ -1,0 +1,154 @@
+"""The tree from overrides and JSON, and back: unknown keys and values of another type are refused."""
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from megatron_sdpo.config.tree import Config, ConfigError
+
+
+def fields_by_name(kind: type = Config, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (type, default) of every leaf; a default is ``dataclasses.MISSING`` when there is none."""
+    leaves: dict[str, tuple[Any, Any]] = {}
+    hints = typing.get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[f.name]):
+            leaves |= fields_by_name(hints[f.name], f"{prefix}{f.name}.")  # pyright: ignore[reportArgumentType]
+        else:
+            default = f.default
+            if f.default_factory is not dataclasses.MISSING:
+                default = f.default_factory()
+            leaves[prefix + f.name] = (hints[f.name], default)
+    return leaves
+
+
+def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """``["optim.lr=1e-3", "task.options.hint=false"]`` -> a changed copy; values are read as JSON, else as text."""
+    leaves = fields_by_name()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r} has no '='; write it as section.key=value")
+        options = key.startswith("task.options.") and len(key) > len("task.options.")
+        if key not in leaves and not options:
+            near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else "; `megatron-sdpo train --help` lists the keys"
+            raise ConfigError(f"unknown configuration key {key!r}{hint}")
+        value = _literal(text)
+        if options:
+            name = key.removeprefix("task.options.")
+            key, value = "task.options", {**config.task.options, name: value}
+        config = _replace(config, key.split("."), _read(key, value, text, leaves[key][0]))
+    return config
+
+
+def _literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # besides what is no JSON: numbers and nesting beyond all use
+        return {"none": None, "true": True, "false": False}.get(text.lower(), text)
+
+
+def _read(key: str, value: Any, text: str, kind: Any) -> Any:
+    """The value of an override, or its text where text is wanted and the value looked like JSON: name=7."""
+    try:
+        return _convert(key, value, kind)
+    except ConfigError:
+        if not isinstance(value, str) and kind in (str, str | None):
+            return text
+        raise
+
+
+def _convert(key: str, value: Any, kind: Any) -> Any:
+    try:
+        converted = msgspec.convert(value, type=kind)
+    except (msgspec.ValidationError, OverflowError) as error:
+        raise ConfigError(f"{key}={value!r} does not fit: it must be {type_words(kind)}") from error
+    if not _is_finite(converted):
+        raise ConfigError(f"{key}={value!r} does not fit: numbers must be finite")
+    return converted
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def type_words(kind: Any) -> str:
+    """A type in the words of a help text or a refusal."""
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("none" if a is type(None) else type_words(a) for a in typing.get_args(kind))
+    if origin in (dict, tuple):
+        return "a JSON object" if origin is dict else "a JSON list"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
+
+
+T = TypeVar("T")
+
+
+def _replace(node: T, path: Sequence[str], value: Any) -> T:
+    head, *rest = path
+    new = _replace(getattr(node, head), rest, value) if rest else value
+    return dataclasses.replace(node, **{head: new})  # pyright: ignore[reportArgumentType]
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the resolved tree as JSON, atomically."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    temporary.replace(path)
+
+
+def load(path: Path) -> Config:
+    """The inverse of ``save``; unknown keys and wrong types are refused."""
+    data = read_json(path, "the configuration")
+    try:
+        return _build(Config, data, "")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The value of a JSON file; ``what`` names it in a refusal."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {what} {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text: {error}") from error
+
+
+def _build(kind: type[T], data: Any, prefix: str) -> T:
+    if not isinstance(data, dict):
+        where = f"the section {prefix[:-1]!r}" if prefix else "the configuration"
+        raise ConfigError(f"{where} is {str(data)[:40]!r}; it must be a JSON object")
+    hints = typing.get_type_hints(kind)
+    unknown = set(data) - set(hints)
+    if unknown:
+        raise ConfigError(f"unknown configuration key {prefix + min(unknown)!r}")
+    values = {}
+    for name, value in data.items():
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = _build(hints[name], value, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+        else:
+            values[name] = _convert(prefix + name, value, hints[name])
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"the configuration is not complete: {error}") from error

@@ -1,0 +1,280 @@
+"""Every configuration key, its default, and what it means."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """The user asked for something that cannot work; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which model is trained."""
+
+    path: str
+    """Hugging Face directory: config.json, *.safetensors, tokenizer files."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Parameter and activation dtype of trainer and engine; master weights are fp32 in any case."""
+    max_length: int = 8192
+    """Longest sequence, prompt and response together, that trainer and engine must hold; tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskConfig:
+    """Which questions are asked."""
+
+    name: str
+    """A name known to tasks.load_task."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the task."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayoutConfig:
+    """How the model is cut over trainer ranks; data parallel is what remains of the world size."""
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    world_size: int = 1
+    """Trainer ranks in all: a multiple of tensor_parallel * pipeline_parallel."""
+    tokens_per_micro_batch: int = 8192
+    """Packed tokens of a micro-batch; a sequence longer than this has a micro-batch of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """The SGLang fleet."""
+
+    count: int = 1
+    """Engines; two or more are put behind sglang-router."""
+    tensor_parallel: int = 1
+    host: str = "127.0.0.1"
+    """Address that engines bind to: loopback, or this node's address in the job's network."""
+    port: int = 0
+    """First port; 0 takes free ones."""
+    max_running_requests: int = 256
+    max_total_tokens: int | None = None
+    """Size of the KV cache in tokens; None lets SGLang choose from free memory (GPU only)."""
+    start_timeout_s: float = 600.0
+    request_timeout_s: float = 600.0
+    extra_args: tuple[str, ...] = ()
+    """Passed to SGLang as they are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """What the coordinator asks of the engines for one step."""
+
+    prompts_per_step: int = 32
+    attempts_per_prompt: int = 8
+    max_new_tokens: int = 8192
+    temperature: float = 1.0
+    max_staleness: int = 0
+    """Steps that generation may run ahead of training; 0 is synchronous and on-policy."""
+    verify_workers: int = 2
+    """Threads that judge attempts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherContextConfig:
+    """Who demonstrates and which feedback the teacher reads (paper section 3, table 2)."""
+
+    success_threshold: float = 0.5
+    """An attempt with at least this reward may demonstrate."""
+    demonstrations: bool = True
+    exclude_own_success: bool = True
+    """An attempt never demonstrates to itself."""
+    remove_thinking: bool = True
+    """Drop <think>...</think> from a demonstration."""
+    feedback: Literal["without_solution", "always", "never"] = "without_solution"
+    template: str = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n"
+    solution_template: str = "\nCorrect solution:\n\n{solution}\n\n"
+    feedback_template: str = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback}\n\n"
+    max_prompt_tokens: int = 10240
+    """Longest teacher prompt; a longer one is treated by ``too_long``."""
+    too_long: Literal["drop", "shorten", "fail"] = "shorten"
+    """shorten cuts feedback, then demonstration, in the middle; the question and the frame never."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """Whose weights teach (paper table 4)."""
+
+    kind: Literal["ema", "frozen", "live", "trust_region"] = "ema"
+    """trust_region: the initial and the current weights each read the context, and their logits are mixed."""
+    update_rate: float = 0.05
+    """ema: new = (1 - rate) * teacher + rate * student, fp32."""
+    update_every: Literal["generation_batch", "optimizer_step"] = "generation_batch"
+    """ema: when it follows. A batch is scored before its first optimizer step in either case."""
+    mixture: float = 0.01
+    """trust_region: logits = (1 - mixture) * initial + mixture * current (paper eq. 10)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """What is minimised."""
+
+    kind: Literal["sdpo", "grpo", "next_token", "hybrid"] = "sdpo"
+    """hybrid is ``grpo_share`` times GRPO's loss plus the rest times SDPO's (paper eq. 3)."""
+    grpo_share: float = 0.9
+    """hybrid: the paper's lambda."""
+    alpha: float = 0.5
+    """0: KL(teacher||student), 1: KL(student||teacher), between: generalised JSD."""
+    support: Literal["top_k", "vocabulary", "sampled"] = "top_k"
+    """Where student and teacher are compared: at the student's most probable tokens; at every token, for which
+    the teacher's final hidden states are kept until training; or at the sampled token alone, which estimates
+    the gradient of KL(student||teacher)."""
+    top_k: int = 100
+    """Student tokens kept per position; the rest of the vocabulary is one tail bin."""
+    tail: bool = True
+    """False renormalises the kept tokens on both sides instead of keeping a tail bin."""
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """token_mean: every unmasked response token weighs the same (paper eq. 12);
+    sequence_mean: mean over all sequences of per-sequence token means (what the reference
+    release executes with its shipped settings)."""
+    masked_in_denominator: bool | None = None
+    """Count samples without a teacher context in the denominator. None: as the aggregation's
+    source does, token_mean no, sequence_mean yes."""
+    credit: Literal["logit", "token", "sequence"] = "logit"
+    """How finely SDPO's advantages log(teacher / student) differ (paper figure 10). logit: as the support has
+    them; token: by the most probable token alone, as top_k 1; sequence: those of the sampled tokens, averaged
+    to one for the whole response before the batch's first step."""
+    advantage_clip: float | None = None
+    """Bound of SDPO's advantages log(teacher / student) in the gradient of alpha 1; None switches it off."""
+    advantage_clip_sides: Literal["one", "two"] = "one"
+    """one: at most the bound; two: at least minus the bound, too."""
+    sample_weighting: Literal["uniform", "failed_only", "teacher_confidence", "question_difficulty"] = "uniform"
+    """failed_only: successful attempts have no target, as if without a teacher context;
+    teacher_confidence: a token's distance to the teacher weighs exp(-teacher_confidence_beta * entropy of the
+    teacher); question_difficulty: a question weighs sqrt(p (1 - p)), p its success rate, scaled to mean one
+    over the questions of the batch. The two factors change no denominator."""
+    teacher_confidence_beta: float = 1.0
+    stop_at_saturation: float | None = None
+    """Attempts at a question whose success rate in the batch is at least this have no target; None trains on all."""
+    policy_drift_clip: float | None = 2.0
+    """Cap of the detached weight pi_theta / pi_old on the sampled token; None switches it off."""
+    engine_mismatch_cap: float | None = 2.0
+    """Cap of the token importance weight pi_old / pi_engine (TIS); None switches it off."""
+    advantage_std: bool = False
+    """GRPO: divide the advantage by the group's standard deviation."""
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    """GRPO: ratio clip 1 - clip_low, 1 + clip_high."""
+    dual_clip: float | None = 3.0
+    """GRPO: bound of the loss for negative advantages; None switches it off."""
+    kl_coefficient: float = 0.0
+    """GRPO: weight of KL(policy || model at the start of the run), estimated at the sampled tokens."""
+
+    @property
+    def has_teacher(self) -> bool:
+        """The teacher scores this kind's responses."""
+        return self.kind in ("sdpo", "hybrid")
+
+    @property
+    def compares_rewards(self) -> bool:
+        """The attempts of a group are compared by their rewards."""
+        return self.kind in ("grpo", "hybrid")
+
+    @property
+    def kept_tokens(self) -> int:
+        """Student tokens kept per position."""
+        return 1 if self.credit == "token" else self.top_k
+
+    @property
+    def teacher_columns(self) -> int:
+        """Log-probs that the teacher gives at each response token."""
+        return 1 if self.support == "sampled" else self.kept_tokens + 1
+
+    @property
+    def advantage_bounds(self) -> tuple[float, float] | None:
+        """Least and greatest SDPO advantage."""
+        if self.advantage_clip is None:
+            return None
+        return (-self.advantage_clip if self.advantage_clip_sides == "two" else -math.inf), self.advantage_clip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = 1e-5
+    lr_decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after warm-up, from lr to lr * min_lr_ratio at the last step."""
+    min_lr_ratio: float = 0.0
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    mini_batches: int = 1
+    """Optimizer steps per generation batch; samples are dealt to them at random by seed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishConfig:
+    """How trained weights reach the engines."""
+
+    bucket_bytes: int = 512 * 1024 * 1024
+    """Tensors are sent in buckets of about this size."""
+    probe_tokens: int = 32
+    """Length of the fixed probe whose log-probs trainer and engine compare after every publish."""
+    probe_tolerance: float = 1e-4
+    """Largest accepted difference of a probe log-prob; natural log. bf16 needs about 0.15."""
+    timeout_s: float = 300.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When the trainer's state is written."""
+
+    every: int = 10
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """Held-out questions, plain (no teacher context)."""
+
+    every: int = 5
+    """Steps between evaluations; 0 evaluates never, otherwise the first and the last version too."""
+    questions: int | None = None
+    """How many of the task's held-out questions; None takes all."""
+    attempts: int = 4
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    """Where numbers go besides metrics.jsonl and the console."""
+
+    tensorboard: bool = False
+    wandb_project: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A whole run."""
+
+    name: str
+    run_dir: str
+    """Everything the run writes; the same directory resumes."""
+    steps: int
+    """Generation batches."""
+    seed: int = 0
+    model: ModelConfig
+    task: TaskConfig
+    layout: LayoutConfig = LayoutConfig()
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    teacher_context: TeacherContextConfig = TeacherContextConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    publish: PublishConfig = PublishConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
