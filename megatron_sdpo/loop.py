@@ -85,8 +85,8 @@ def train(
     source.published(learner.step)
     if learner.step == 0 and _evaluated(config, 0):
         metrics_log.log(0, source.evaluate(0).metrics)
+    seconds: dict[str, float] = {}
     while learner.step < config.steps:
-        seconds: dict[str, float] = {}
         with _phase("step", seconds):
             with _phase("wait", seconds):
                 batch = source.batch(learner.step)
@@ -100,10 +100,11 @@ def train(
             with _phase("sync", seconds):
                 synced = publisher.publish(learner.step)
                 source.published(learner.step)
-        with _phase("checkpoint", seconds):
-            checkpoints.save_if_due(batch.cursor)
         evaluated = source.evaluate(learner.step).metrics if _evaluated(config, learner.step) else {}
         metrics_log.log(learner.step, {**batch.metrics, **stats, **synced, **evaluated, **seconds})
+        seconds = {}
+        with _phase("checkpoint", seconds):  # after the row: a resumed run has the row of every step that it skips
+            checkpoints.save_if_due(batch.cursor)
 
 
 def _evaluated(config: Config, version: int) -> bool:
