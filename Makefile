@@ -50,7 +50,7 @@ lint: setup ## formatting, lint rules, types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint ## lint, then every test that needs no GPU and no long time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile
 
 test-slow: setup ## the long tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"

@@ -79,6 +79,7 @@ Fleet(engine_config(run_dir, checkpoint), run_dir, "a-test-token").start()
 """
 
 
+@pytest.mark.slow
 def test_nothing_survives_the_process_that_started_the_engine(engine: Engine, tmp_path: Path) -> None:
     """It is killed while the engine's own children are still starting, the hardest moment."""
     holder = subprocess.Popen(
