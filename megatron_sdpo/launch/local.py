@@ -15,11 +15,9 @@ import megatron_sdpo
 from megatron_sdpo.config import Config
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.rollout import lifeline
-from megatron_sdpo.rollout.fleet import Fleet
+from megatron_sdpo.rollout.fleet import GRACE_S, Fleet, log_tail
 
 POLL_S = 0.2
-GRACE_S = 5.0
-TAIL_LINES = 15
 
 
 class RoleDied(RuntimeError):
@@ -120,7 +118,7 @@ def _watch(roles: Sequence[_Role], fleet: Fleet, run_dir: RunDir) -> None:
         for role in roles:
             code = role.process.poll()
             if code is not None:
-                raise RoleDied(_words(role.name, code, run_dir.failure_of(role.name) or _tail(role.log)))
+                raise RoleDied(_words(role.name, code, run_dir.failure_of(role.name) or log_tail(role.log)))
         time.sleep(POLL_S)
 
 
@@ -165,7 +163,3 @@ def _restore(lifeline_was: str | None) -> None:
         os.environ.pop(lifeline.PARENT, None)
     else:
         os.environ[lifeline.PARENT] = lifeline_was
-
-
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])

@@ -130,7 +130,7 @@ class Fleet:
         """The processes that have ended although nobody stopped them."""
         polled = [(running, running.process.poll()) for running in self._running]
         return tuple(
-            Ended(running.address.name, code, _tail(running.log)) for running, code in polled if code is not None
+            Ended(running.address.name, code, log_tail(running.log)) for running, code in polled if code is not None
         )
 
     def process_ids(self) -> dict[str, int]:
@@ -209,7 +209,7 @@ class Fleet:
             if waiting and time.monotonic() > deadline:
                 late = waiting[0]
                 message = f"not ready after engine.start_timeout_s = {timeout_s:g} s; the end of its log:\n"
-                raise EngineError(late.address.name, "at start", message + _tail(late.log))
+                raise EngineError(late.address.name, "at start", message + log_tail(late.log))
             if waiting:
                 time.sleep(POLL_S)
 
@@ -314,5 +314,6 @@ def _lives(session: int) -> bool:
     return False
 
 
-def _tail(log: Path) -> str:
+def log_tail(log: Path) -> str:
+    """The last lines of a log."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
