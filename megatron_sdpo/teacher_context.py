@@ -1,16 +1,19 @@
 """What the self-teacher reads before it re-reads an attempt: who demonstrates, which feedback, what is cut.
 
-For each attempt of a group: the first successful *sibling* demonstrates; without one the attempt's own
-feedback is shown; with neither the teacher would know nothing more than the student, and there is no
-context. The failed attempt itself is never shown. Texts go into the last user message through the
-configured templates; system prompts and earlier turns stay as they are.
+For each attempt of a group: a successful *sibling*, the first or one drawn by chance, demonstrates;
+without one the attempt's own feedback is shown; with neither the teacher would know nothing more than
+the student, and there is no context. By switch a failed attempt is shown to its own teacher too, but
+never alone: the teacher reads it anyway, as the response. Texts go into the last user message through
+the configured templates; system prompts and earlier turns stay as they are.
 
-An over-long context loses from the middle of its feedback first, then of its demonstration. The
+An over-long context loses from the middle of its sections: ``shorten`` takes from the attempt, then
+from the feedback, then from the demonstration; the other policies from one of them or from none. The
 question, the templates' own words and the chat frame are never cut, and the response is not part of
 the context at all: whoever needs context and response to fit a model together lowers
 ``max_prompt_tokens`` accordingly.
 """
 
+import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,10 +25,18 @@ from megatron_sdpo.types import Attempt, ContextKind, Group, Message, Question, 
 ELLIPSIS = " … "
 """Stands where text was cut."""
 
-_PLACEHOLDER = re.compile(r"\{(prompt|solution|feedback)\}")
+_PLACEHOLDER = re.compile(r"\{(prompt|solution|attempt|feedback)\}")
 _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 _NO_CONTEXT = TeacherContext("none")
-_COUNTED = ("demonstration", "feedback", "both", "none", "shortened", "dropped")
+_COUNTED = ("demonstration", "feedback", "both", "none", "dropped", "shortened", "attempt_shown")
+_CUT: dict[str, tuple[str, ...]] = {
+    # The attempt goes first: it is the response once more, and showing it does not help (paper table 6).
+    "shorten": ("attempt", "feedback", "solution"),
+    "shorten_feedback": ("feedback",),
+    "shorten_demonstration": ("solution",),
+    "drop": (),
+}
+"""Sections that each policy cuts, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +44,23 @@ class _Sections:
     """What the teacher is told besides the question; "" is an absent section."""
 
     solution: str = ""
+    attempt: str = ""
     feedback: str = ""
 
     @property
     def kind(self) -> ContextKind:
+        """An attempt alone is "none": it tells the teacher nothing new."""
         if self.solution:
             return "both" if self.feedback else "demonstration"
         return "feedback" if self.feedback else "none"
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A context, and the counts to which it adds one."""
+
+    context: TeacherContext
+    counted: tuple[str, ...]
 
 
 def build_contexts(
@@ -49,34 +70,39 @@ def build_contexts(
 
     The counts ``context/demonstration``, ``context/feedback``, ``context/both``, ``context/none`` (nothing
     to tell) and ``context/dropped`` (something to tell, but too long) add up to the attempts;
-    ``context/shortened`` counts those of the first three that were cut. ``seed`` is for choices by
-    chance; taking the first success makes none. Templates without their placeholder, a question without
-    a user message, and a too long context under ``too_long="fail"`` raise ConfigError.
+    ``context/shortened`` counts those of the first three that were cut, ``context/attempt_shown`` those that
+    show the attempt. A demonstration drawn by chance is a function of ``seed``, the group's step and slot, and
+    the attempt's index. Templates without their placeholder, a question without a user message, and a too long
+    context under ``too_long="fail"`` raise ConfigError.
     """
     check_templates(config)
     counts: dict[str, float] = dict.fromkeys(_COUNTED, 0.0)
-    # Failed siblings share their demonstration, so most contexts of a group are the same.
-    made: dict[_Sections, tuple[TeacherContext, str | None]] = {}
+    # Failed siblings may share their demonstration, and then most contexts of a group are the same.
+    made: dict[_Sections, _Made] = {}
     contexts: list[TeacherContext] = []
     for index in range(len(group.attempts)):
-        sections = _sections(group, index, config)
+        sections = _sections(group, index, config, seed)
         if sections not in made:
-            made[sections] = _context(group, sections, config, tokens)
-        context, treatment = made[sections]
-        contexts.append(context)
-        if treatment != "dropped":
-            counts[context.kind] += 1
-        if treatment is not None:
-            counts[treatment] += 1
+            made[sections] = _made(group, sections, config, tokens)
+        contexts.append(made[sections].context)
+        for name in made[sections].counted:
+            counts[name] += 1
     return tuple(contexts), {f"context/{name}": count for name, count in counts.items()}
 
 
 def check_templates(config: TeacherContextConfig) -> None:
     """Refuse templates that would silently leave out what they are for."""
+    in_use = {
+        "prompt": True,
+        "solution": config.demonstrations,
+        "attempt": config.include_attempt,
+        "feedback": config.feedback != "never",
+    }
     needed = {
-        "template": ("prompt", *(["solution"] * config.demonstrations), *(["feedback"] * (config.feedback != "never"))),
-        "solution_template": ("solution",),
-        "feedback_template": ("feedback",),
+        "template": [placeholder for placeholder, used in in_use.items() if used],
+        "solution_template": ["solution"],
+        "attempt_template": ["attempt"],
+        "feedback_template": ["feedback"],
     }
     for name, placeholders in needed.items():
         for placeholder in placeholders:
@@ -85,8 +111,8 @@ def check_templates(config: TeacherContextConfig) -> None:
 
 
 def fill(template: str, **values: str) -> str:
-    """The template with its ``{prompt}``, ``{solution}`` and ``{feedback}`` replaced, in one pass: braces
-    in a value, and any other braces in the template, stay as they are."""
+    """The template with its ``{prompt}``, ``{solution}``, ``{attempt}`` and ``{feedback}`` replaced, in one pass:
+    braces in a value, and any other braces in the template, stay as they are."""
     return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
 
 
@@ -98,53 +124,59 @@ def without_thinking(text: str) -> str:
     return _THINKING.sub("", text).rpartition("</think>")[2].strip()
 
 
-def _sections(group: Group, index: int, config: TeacherContextConfig) -> _Sections:
-    solution = _demonstration(group, index, config) if config.demonstrations else ""
-    feedback = group.verdicts[index].feedback
+def _sections(group: Group, index: int, config: TeacherContextConfig, seed: int) -> _Sections:
+    verdict = group.verdicts[index]
+    solution = _demonstration(group, index, config, seed) if config.demonstrations else ""
+    feedback = verdict.feedback
     if not feedback.strip() or config.feedback == "never" or (solution and config.feedback == "without_solution"):
         feedback = ""
-    return _Sections(solution, feedback)
+    sections = _Sections(solution, feedback=feedback)
+    failed = verdict.reward < config.success_threshold
+    if config.include_attempt and failed and sections.kind != "none":
+        sections = replace(sections, attempt=_shown(group.attempts[index], config))
+    return sections
 
 
-def _demonstration(group: Group, index: int, config: TeacherContextConfig) -> str:
-    """The first successful attempt that may demonstrate to attempt ``index`` and has something to show, or ""."""
+def _demonstration(group: Group, index: int, config: TeacherContextConfig, seed: int) -> str:
+    """What a successful attempt shows to attempt ``index``; "" when none may, or none has anything to show."""
+    shown: list[str] = []
     for other, (attempt, verdict) in enumerate(zip(group.attempts, group.verdicts, strict=True)):
         own = other == index and config.exclude_own_success
-        if verdict.reward >= config.success_threshold and not own:
-            text = _shown(attempt, config)
-            if text:
-                return text
-    return ""
+        if verdict.reward >= config.success_threshold and not own and (text := _shown(attempt, config)):
+            shown.append(text)
+    if not shown:
+        return ""
+    if config.demonstration == "first":
+        return shown[0]
+    return random.Random(f"{seed}/{group.step}/{group.slot}/{index}").choice(shown)
 
 
 def _shown(attempt: Attempt, config: TeacherContextConfig) -> str:
     return without_thinking(attempt.text) if config.remove_thinking else attempt.text.strip()
 
 
-def _context(
-    group: Group, sections: _Sections, config: TeacherContextConfig, tokens: Chat
-) -> tuple[TeacherContext, str | None]:
-    """The context, and ``"shortened"`` or ``"dropped"`` when its length called for that."""
+def _made(group: Group, sections: _Sections, config: TeacherContextConfig, tokens: Chat) -> _Made:
+    """The context of these sections, cut or dropped when its length calls for that."""
     if sections.kind == "none":
-        return _NO_CONTEXT, None
+        return _Made(_NO_CONTEXT, ("none",))
 
     def rendered(candidate: _Sections) -> tuple[int, ...]:
         return tokens.prompt_ids(_messages(group.question, candidate, config))
 
-    ids = rendered(sections)
-    if len(ids) <= config.max_prompt_tokens:
-        return TeacherContext(sections.kind, ids), None
-    if config.too_long == "fail":
-        raise ConfigError(
-            f"the teacher prompt of question {group.question.id!r} has {len(ids)} tokens, more than"
-            f" teacher_context.max_prompt_tokens {config.max_prompt_tokens}; raise that or set"
-            " teacher_context.too_long to shorten"
-        )
-    if config.too_long == "shorten":
-        shortened = _shortened(sections, lambda s: len(rendered(s)) <= config.max_prompt_tokens, tokens)
-        if shortened.kind != "none":
-            return TeacherContext(shortened.kind, rendered(shortened)), "shortened"
-    return _NO_CONTEXT, "dropped"
+    ids, kept, limit = rendered(sections), sections, config.max_prompt_tokens
+    if len(ids) > limit:
+        if config.too_long == "fail":
+            raise ConfigError(
+                f"the teacher prompt of question {group.question.id!r} has {len(ids)} tokens, more than"
+                f" teacher_context.max_prompt_tokens {limit}; raise that or set teacher_context.too_long to shorten"
+            )
+        kept = _shortened(sections, _CUT[config.too_long], lambda s: len(rendered(s)) <= limit, tokens)
+        if kept.kind == "none":
+            return _Made(_NO_CONTEXT, ("dropped",))
+        ids = rendered(kept)
+    shortened = ("shortened",) if kept != sections else ()
+    attempt_shown = ("attempt_shown",) if kept.attempt else ()
+    return _Made(TeacherContext(kept.kind, ids), (kept.kind, *shortened, *attempt_shown))
 
 
 def _messages(question: Question, sections: _Sections, config: TeacherContextConfig) -> tuple[Message, ...]:
@@ -154,29 +186,30 @@ def _messages(question: Question, sections: _Sections, config: TeacherContextCon
     if not asked:
         raise ConfigError(f"question {question.id!r} has no user message, so a teacher context has no place in it")
     place = asked[-1]
-    solution = fill(config.solution_template, solution=sections.solution) if sections.solution else ""
-    feedback = fill(config.feedback_template, feedback=sections.feedback) if sections.feedback else ""
-    content = fill(config.template, prompt=messages[place].content, solution=solution, feedback=feedback)
+    told = {
+        "solution": fill(config.solution_template, solution=sections.solution) if sections.solution else "",
+        "attempt": fill(config.attempt_template, attempt=sections.attempt) if sections.attempt else "",
+        "feedback": fill(config.feedback_template, feedback=sections.feedback) if sections.feedback else "",
+    }
+    content = fill(config.template, prompt=messages[place].content, **told)
     messages[place] = Message("user", content)
     return tuple(messages)
 
 
-def _shortened(sections: _Sections, fits: Callable[[_Sections], bool], tokens: Chat) -> _Sections:
-    """The sections with as much of the feedback, else of the demonstration, as ``fits`` accepts.
-
-    A section of which not even one token fits is left out; ``_Sections()`` when nothing fits.
+def _shortened(sections: _Sections, names: Sequence[str], fits: Callable[[_Sections], bool], tokens: Chat) -> _Sections:
+    """The sections with as much of the first named one as ``fits`` accepts, else without it and with as much of the
+    next, and so on; a section of which not even one token fits is left out. ``_Sections()`` when nothing fits.
     """
-    if sections.feedback:
-        text = _longest(sections.feedback, lambda text: fits(replace(sections, feedback=text)), tokens)
-        sections = replace(sections, feedback=text)
-        if text:
+    for name in names:
+        text = _longest(getattr(sections, name), _with_section(sections, name, fits), tokens)
+        sections = replace(sections, **{name: text})
+        if text or (sections.kind != "none" and fits(sections)):
             return sections
-    if sections.solution:
-        if fits(sections):
-            return sections
-        text = _longest(sections.solution, lambda text: fits(replace(sections, solution=text)), tokens)
-        return replace(sections, solution=text)
-    return sections
+    return _Sections()
+
+
+def _with_section(sections: _Sections, name: str, fits: Callable[[_Sections], bool]) -> Callable[[str], bool]:
+    return lambda text: fits(replace(sections, **{name: text}))
 
 
 def _longest(text: str, fits: Callable[[str], bool], tokens: Chat) -> str:

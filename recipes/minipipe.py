@@ -18,7 +18,7 @@ from megatron_sdpo.config import (
     TeacherConfig,
     TeacherContextConfig,
 )
-from megatron_sdpo.tasks.minipipe import FEEDBACK_TEMPLATE, SOLUTION_TEMPLATE, TEACHER_TEMPLATE
+from megatron_sdpo.tasks.minipipe import ATTEMPT_TEMPLATE, FEEDBACK_TEMPLATE, SOLUTION_TEMPLATE, TEACHER_TEMPLATE
 
 BASE_MODEL = str(Path(megatron_sdpo.__file__ or "").parent / "data" / "minipipe-base")
 
@@ -37,6 +37,7 @@ def minipipe() -> Config:
         teacher_context=TeacherContextConfig(
             template=TEACHER_TEMPLATE,
             solution_template=SOLUTION_TEMPLATE,
+            attempt_template=ATTEMPT_TEMPLATE,
             feedback_template=FEEDBACK_TEMPLATE,
             max_prompt_tokens=96,
         ),

@@ -203,6 +203,9 @@ def test_sizes_must_be_positive(key: str) -> None:
         (["teacher.kind=frozen", "teacher.update_every=optimizer_step"], "kind frozen is never updated"),
         (["objective.support=vocabulary", "teacher.kind=trust_region"], "of which objective.support=vocabulary"),
         (["objective.support=sampled"], "but objective.alpha is 0.5; set objective.alpha=1"),
+        (["teacher_context.demonstration=random", "teacher_context.demonstrations=false"], "set the one to first"),
+        (["teacher_context.too_long=shorten_feedback", "teacher_context.feedback=never"], "a section that is never"),
+        (["teacher_context.too_long=shorten_demonstration", "teacher_context.demonstrations=false"], "to shorten or"),
     ],
 )
 def test_values_that_cannot_work_are_refused(overrides: Sequence[str], sentence: str) -> None:

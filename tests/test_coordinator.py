@@ -196,7 +196,9 @@ def test_a_batch_holds_every_attempt_with_what_its_teacher_reads(tmp_path: Path)
     contexts = {key: value for key, value in batch.metrics.items() if key.startswith("context/")}
     assert contexts["context/demonstration"] == contexts["context/none"] == sum(even) / 8
     assert contexts["context/feedback"] == (8 - 2 * sum(even)) / 8
-    assert sum(value for key, value in contexts.items() if key != "context/shortened") == 1
+    assert (
+        sum(value for key, value in contexts.items() if key not in ("context/shortened", "context/attempt_shown")) == 1
+    )
     assert batch.metrics["verdict/reward"] == sum(even) / 8
     assert batch.metrics["verdict/solved_questions"] == sum(even) / 4
     assert batch.metrics["rollout/cut_share"] == 0

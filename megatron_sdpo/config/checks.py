@@ -2,7 +2,7 @@
 
 from operator import attrgetter
 
-from megatron_sdpo.config.tree import Config, ConfigError, ObjectiveConfig
+from megatron_sdpo.config.tree import Config, ConfigError, ObjectiveConfig, TeacherContextConfig
 
 _AT_LEAST = {
     2: ("publish.probe_tokens",),
@@ -86,6 +86,7 @@ def check(config: Config) -> None:
             " set objective.support=top_k"
         )
     _check_objective(config.objective)
+    _check_teacher_context(config.teacher_context)
 
 
 def _check_objective(objective: ObjectiveConfig) -> None:
@@ -125,4 +126,19 @@ def _check_objective(objective: ObjectiveConfig) -> None:
     if objective.stop_at_saturation is not None and objective.stop_at_saturation > 1.0:
         raise ConfigError(
             f"objective.stop_at_saturation is {objective.stop_at_saturation}; a success rate is at most 1"
+        )
+
+
+def _check_teacher_context(context: TeacherContextConfig) -> None:
+    """Refuse choices about a section that is never shown."""
+    if not context.demonstrations and context.demonstration != "first":
+        raise ConfigError(
+            f"teacher_context.demonstration={context.demonstration} chooses among demonstrations, which"
+            " teacher_context.demonstrations=false leaves out; set the one to first or the other to true"
+        )
+    shown = {"shorten_feedback": context.feedback != "never", "shorten_demonstration": context.demonstrations}
+    if not shown.get(context.too_long, True):
+        raise ConfigError(
+            f"teacher_context.too_long={context.too_long} cuts a section that is never shown; set"
+            " teacher_context.too_long to shorten or drop"
         )

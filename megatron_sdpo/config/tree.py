@@ -84,18 +84,24 @@ class TeacherContextConfig:
     success_threshold: float = 0.5
     """An attempt with at least this reward may demonstrate."""
     demonstrations: bool = True
+    demonstration: Literal["first", "random"] = "first"
+    """Which of the attempts that may demonstrate does; random draws one for every attempt, by the seed."""
     exclude_own_success: bool = True
     """An attempt never demonstrates to itself."""
     remove_thinking: bool = True
-    """Drop <think>...</think> from a demonstration."""
+    """Drop <think>...</think> from a demonstration, and from a shown attempt."""
     feedback: Literal["without_solution", "always", "never"] = "without_solution"
-    template: str = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n"
+    include_attempt: bool = False
+    """Show a failed attempt to its own teacher, beside what else is shown; it cost 4 points in paper table 6."""
+    template: str = "{prompt}{solution}{attempt}{feedback}\n\nCorrectly solve the original question.\n"
     solution_template: str = "\nCorrect solution:\n\n{solution}\n\n"
+    attempt_template: str = "\nThe following is your unsuccessful earlier attempt:\n\n{attempt}\n\n"
     feedback_template: str = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback}\n\n"
     max_prompt_tokens: int = 10240
     """Longest teacher prompt; a longer one is treated by ``too_long``."""
-    too_long: Literal["drop", "shorten", "fail"] = "shorten"
-    """shorten cuts feedback, then demonstration, in the middle; the question and the frame never."""
+    too_long: Literal["drop", "shorten", "shorten_feedback", "shorten_demonstration", "fail"] = "shorten"
+    """shorten cuts a shown attempt, then feedback, then demonstration, in the middle; the other two cut only the
+    section that they name, and drop when that is not enough. None cuts the question or the frame."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,10 +26,11 @@ from megatron_sdpo.tasks.minipipe_language import (
 )
 from megatron_sdpo.types import Message, Question, Verdict
 
-TEACHER_TEMPLATE = "{prompt}{solution}{feedback} <again>"
+TEACHER_TEMPLATE = "{prompt}{solution}{attempt}{feedback} <again>"
 SOLUTION_TEMPLATE = " <sol> {solution}"
+ATTEMPT_TEMPLATE = " <att> {attempt}"
 FEEDBACK_TEMPLATE = " <fb> {feedback}"
-"""Teacher contexts of the MiniPipe base model; its pretraining documents are written with the same three."""
+"""Teacher contexts of the MiniPipe base model; its pretraining documents are written with the same four."""
 
 TRAIN_SEED = 4242
 EVAL_SEED = 777

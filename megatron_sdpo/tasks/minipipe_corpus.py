@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_sdpo.tasks.minipipe import FEEDBACK_TEMPLATE, SOLUTION_TEMPLATE, TEACHER_TEMPLATE
+from megatron_sdpo.tasks.minipipe import ATTEMPT_TEMPLATE, FEEDBACK_TEMPLATE, SOLUTION_TEMPLATE, TEACHER_TEMPLATE
 from megatron_sdpo.tasks.minipipe_language import (
     ALL_NAMES,
     OPERATIONS,
@@ -29,7 +29,6 @@ MIXTURE: Mapping[str, float] = {"copy": 0.1, "solution": 0.25, "plain": 0.15, "f
 solution, question alone, question and one feedback, question and two or three feedbacks."""
 
 NAME_POPULARITY = (0.36, 0.32, 0.2, 0.12)
-ATTEMPT_TEMPLATE = " <att> {attempt}"
 SOLUTION_MARK = "<sol>"
 
 HINT_SHARE = 0.5
@@ -92,10 +91,10 @@ def drawn_document(rng: random.Random, tokens: Encoder, mixture: Mapping[str, fl
 
 
 def teacher_content(question: str, solution: str = "", feedback: str = "") -> str:
-    """The user message that a teacher reads; ``feedback`` is already in its template, maybe several times."""
-    return TEACHER_TEMPLATE.format(
-        prompt=question, solution=SOLUTION_TEMPLATE.format(solution=solution) if solution else "", feedback=feedback
-    )
+    """The user message that a teacher reads; ``feedback`` is already in its template, maybe several times and each
+    after the attempt that it is about."""
+    shown = SOLUTION_TEMPLATE.format(solution=solution) if solution else ""
+    return TEACHER_TEMPLATE.format(prompt=question, solution=shown, attempt="", feedback=feedback)
 
 
 def random_machine(rng: random.Random) -> Machine:
