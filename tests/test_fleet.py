@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sdpo.config import ConfigError
 from megatron_sdpo.rollout.control import EngineError
-from megatron_sdpo.rollout.fleet import Fleet, read_address, read_engines
+from megatron_sdpo.rollout.fleet import Fleet, log_tail, read_address, read_engines
 from tests.conftest import TOKEN, Engine, engine_config
 from tests.test_engine import assert_log_probs_match, generate
 
@@ -44,6 +44,15 @@ def test_an_engine_that_dies_at_start_shows_the_end_of_its_log(engine: Engine, t
         Fleet(config, tmp_path, TOKEN).start()
     assert "unrecognized arguments: --no-such-argument" in str(caught.value)
     assert read_engines(tmp_path) == ()
+
+
+def test_the_end_of_a_log_fits_a_screen(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    log.write_text("\n".join([*(f"line {i}" for i in range(40)), "x" * 500, "the reason"]))
+    *before, long, last = log_tail(log).splitlines()
+    assert before == [f"line {i}" for i in range(27, 40)]
+    assert long == "x" * 400 + " ... (100 more characters)"
+    assert last == "the reason"
 
 
 def test_nothing_survives_an_engine_that_is_killed(engine: Engine, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ POLL_S = 0.2
 GRACE_S = 5.0
 """How long processes have to end by themselves before they are killed."""
 TAIL_LINES = 15
+TAIL_WIDTH = 400
+"""Characters shown of a line of a log: SGLang writes all its settings, pages of them, into one line."""
 ROUTER = "router"
 FREE_PORTS = range(20_000, 32_000)
 """Where free ports are looked for: below those that the kernel hands out, or a stranger's connection could be given
@@ -315,5 +317,9 @@ def _lives(session: int) -> bool:
 
 
 def log_tail(log: Path) -> str:
-    """The last lines of a log."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+    """The last lines of a log; of a long one its beginning, and how much was left out."""
+    lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+    return "\n".join(
+        line if len(line) <= TAIL_WIDTH else f"{line[:TAIL_WIDTH]} ... ({len(line) - TAIL_WIDTH} more characters)"
+        for line in lines
+    )
