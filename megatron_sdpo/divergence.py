@@ -35,8 +35,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROWS = 512
-"""Tokens whose wide copies of the logits are alive at one time: about 20 * ROWS * V bytes at the most."""
+BLOCK = 1 << 24
+"""Logits whose wide copies are alive at one time: whole rows, about 20 bytes of each (80 in ``full_divergence``)."""
 
 LOG_FLOOR = -1e4
 """A bin without any mass counts as e^-10000, so that every difference of logs is finite."""
@@ -62,7 +62,8 @@ def student_support(logits_TV: Tensor, k: int, group: dist.ProcessGroup | None =
     if not 1 <= k <= vocabulary:
         raise ValueError(f"k is {k}; it must lie between 1 and the {vocabulary} entries of the vocabulary")
     ids_V = torch.arange(shard, device=logits_TV.device) + _first_id(shard, group)
-    keys_TK = torch.cat([_keys(rows_TV, ids_V).topk(min(k, shard)).values for rows_TV in logits_TV.split(ROWS)])
+    blocks = _row_blocks(logits_TV)
+    keys_TK = torch.cat([_keys(rows_TV, ids_V).topk(min(k, shard)).values for (rows_TV,) in blocks])
     if group is not None:
         keys_TK = _all_gather_columns(keys_TK, group).topk(k).values
     return _LOW_32 - (keys_TK & _LOW_32)
@@ -77,13 +78,13 @@ def support_log_probs(
     ``with_tail`` appends the log-mass of all other tokens as column K + 1. It is summed over those tokens
     and not taken as the rest to one, so that it is right however small it is.
     """
-    log_probs_TB, _ = _bin_log_probs(logits_TV, ids_TK, _first_id(logits_TV.shape[1], group), group)
+    log_probs_TB, _ = bin_log_probs(logits_TV, ids_TK, group)
     return log_probs_TB if with_tail else log_probs_TB[:, :-1].contiguous()
 
 
 def sampled_log_probs(logits_TV: Tensor, ids_T: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Log-probability of one token a row, with gradient to ``logits_TV``; fp32 [T]."""
-    return _BinLogProbs.apply(logits_TV, ids_T[:, None], group)[:, 0]
+    return _BinLogProbs.apply(logits_TV, ids_T[:, None], group, None)[:, 0]
 
 
 def divergence(
@@ -94,14 +95,16 @@ def divergence(
     tail: bool = True,
     group: dist.ProcessGroup | None = None,
     advantage_bounds: tuple[float, float] | None = None,
+    bins: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Divergence of student and teacher at each token, with gradient to ``logits_TV`` only; fp32 [T], in nats.
 
     ``teacher_log_probs_TK`` are the teacher's log-probs at ``ids_TK``, from ``support_log_probs``; with K + 1
     columns the last is its tail. With K columns the tail is the rest to one, at least ``TAIL_FLOOR``.
     ``tail=False`` drops the tail and renormalises the K kept tokens on both sides. ``advantage_bounds``, for
-    alpha 1 only, clamp the advantages log(q_b / p_b) in the gradient and leave the values. ``ValueError`` for
-    an alpha outside [0, 1], bounds with another alpha than 1, or shapes that do not fit.
+    alpha 1 only, clamp the advantages log(q_b / p_b) in the gradient and leave the values. ``bins``, kept of an
+    earlier pass over the same logits (``bin_log_probs``), spare the forward pass its collectives. ``ValueError``
+    for an alpha outside [0, 1], bounds with another alpha than 1, or shapes that do not fit.
     """
     _check_alpha(alpha, advantage_bounds)
     tokens, k = ids_TK.shape
@@ -110,7 +113,7 @@ def divergence(
             f"shapes do not fit: logits {tuple(logits_TV.shape)}, ids {tuple(ids_TK.shape)}, teacher log-probs"
             f" {tuple(teacher_log_probs_TK.shape)}; the teacher needs {k} or {k + 1} columns"
         )
-    log_p_TB = _BinLogProbs.apply(logits_TV, ids_TK, group)
+    log_p_TB = _BinLogProbs.apply(logits_TV, ids_TK, group, bins)
     log_q_TB = teacher_log_probs_TK.detach().to(log_p_TB.dtype)
     if not tail:
         log_p_TB, log_q_TB = (x_TB[:, :k].log_softmax(dim=1) for x_TB in (log_p_TB, log_q_TB))
@@ -144,9 +147,9 @@ def entropy(logits_TV: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
     top_T1 = _all_reduce(_widen(logits_TV.amax(dim=1, keepdim=True)), dist.ReduceOp.MAX, group)
     sums = []
     for rows_TV, rows_T1 in _row_blocks(logits_TV, top_T1):
-        below_TV = (_widen(rows_TV) - rows_T1).clamp(min=LOG_FLOOR)  # finite, so that 0 * log 0 is 0
+        below_TV = (_widen(rows_TV) - rows_T1).clamp_(min=LOG_FLOOR)  # finite, so that 0 * log 0 is 0
         mass_TV = below_TV.exp()
-        sums.append(torch.stack([mass_TV.sum(dim=1), (mass_TV * below_TV).sum(dim=1)], dim=1))
+        sums.append(torch.stack([mass_TV.sum(dim=1), below_TV.mul_(mass_TV).sum(dim=1)], dim=1))
     mass_T, moment_T = _all_reduce(torch.cat(sums), dist.ReduceOp.SUM, group).unbind(dim=1)
     return mass_T.log() - moment_T / mass_T
 
@@ -158,15 +161,21 @@ class _BinLogProbs(torch.autograd.Function):
     """logits [T, V], ids [T, K] -> log-probs of the K tokens and of the tail, [T, K + 1]."""
 
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, ids_TK: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        logits_TV: Tensor,
+        ids_TK: Tensor,
+        group: dist.ProcessGroup | None,
+        bins: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         ctx.first_id = _first_id(logits_TV.shape[1], group)
-        log_probs_TB, tail_T = _bin_log_probs(logits_TV, ids_TK, ctx.first_id, group)
+        log_probs_TB, tail_T = bin_log_probs(logits_TV, ids_TK, group) if bins is None else bins
         ctx.save_for_backward(logits_TV, ids_TK, log_probs_TB, tail_T)
-        return log_probs_TB
+        return log_probs_TB.clone()  # bins of the caller must not become an output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TB: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_TB: Tensor) -> tuple[Tensor, None, None, None]:
         """Softmax's gradient on the bins; the tail's share goes to its tokens in proportion to their mass."""
         logits_TV, ids_TK, log_probs_TB, tail_T = ctx.saved_tensors
         share_TB = grad_TB - log_probs_TB.exp() * grad_TB.sum(dim=1, keepdim=True)
@@ -178,16 +187,16 @@ class _BinLogProbs(torch.autograd.Function):
             wide_TV = _outside(rows_TV, local_TK, owned_TK).sub_(rows_T1).exp_().mul_(rows_TB[:, -1:])
             wide_TV.scatter_add_(1, local_TK, rows_TB[:, :-1].masked_fill(~owned_TK, 0.0))
             out_TV.copy_(wide_TV)
-        return grad_TV, None, None
+        return grad_TV, None, None, None
 
 
-def _bin_log_probs(
-    logits_TV: Tensor, ids_TK: Tensor, first_id: int, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Log-probs of the bins [T, K + 1], and the log-sum-exp of the logits outside ``ids_TK`` [T].
+@torch.no_grad()
+def bin_log_probs(logits_TV: Tensor, ids_TK: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+    """Log-probs of the bins [T, K + 1], and the log-sum-exp of the logits outside ``ids_TK`` [T]; no gradient.
 
     One MAX and one SUM all-reduce, of T and T * (K + 1) numbers.
     """
+    first_id = _first_id(logits_TV.shape[1], group)
     tails, kept = [], []
     for rows_TV, rows_TK in _row_blocks(logits_TV, ids_TK):
         local_TK, owned_TK = _locate(rows_TK, rows_TV.shape[1], first_id)
@@ -364,8 +373,9 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same ``ROWS`` rows of each tensor, block by block; one empty block when there are none."""
-    return zip(*(x.detach().split(ROWS) for x in tensors), strict=True)
+    """The same rows of each tensor, of the widest at most ``BLOCK`` numbers; one empty block when there are none."""
+    rows = max(1, BLOCK // max(x[0].numel() if len(x) else 1 for x in tensors))
+    return zip(*(x.detach().split(rows) for x in tensors), strict=True)
 
 
 def _all_reduce(x: Tensor, op: Any, group: dist.ProcessGroup | None) -> Tensor:
