@@ -15,6 +15,9 @@ Two importance weights, both detached and both of the sampled token, multiply a 
     engine mismatch   min(pi_old / pi_engine, engine_mismatch_cap)
 
 ``pi_old`` is the trainer's policy when the batch began, ``pi_engine`` the engine's at sampling.
+
+``loss`` is a function of logits. Training calls ``loss_of_hidden``, which makes them a chunk of tokens at a time:
+one more split of the same sum.
 """
 
 import dataclasses
@@ -29,6 +32,7 @@ from torch import Tensor
 
 from megatron_sdpo.config import ObjectiveConfig
 from megatron_sdpo.divergence import LOG_FLOOR, divergence, entropy, full_divergence, sampled_log_probs
+from megatron_sdpo.fused import Head, fused_loss
 
 Metrics = dict[str, Tensor]
 
@@ -60,6 +64,8 @@ class TokenTargets:
     """SDPO: the teacher's log-probs at these ids, in column K + 1 its tail if known; or [T, 1] at the sampled token."""
     teacher_logits_TV: Tensor | None = None
     """SDPO over the whole vocabulary: the teacher's logits, divided by the temperature, cut as the student's."""
+    teacher_hidden_TH: Tensor | None = None
+    """Instead of these, for ``loss_of_hidden``: the teacher's final hidden states, in any float dtype."""
     advantages_T: Tensor | None = None
     """GRPO: the advantage of each token's sample."""
     reference_log_probs_T: Tensor | None = None
@@ -69,8 +75,8 @@ class TokenTargets:
     policy_weights_T: Tensor | None = None
     """hybrid: the weight of each token's sample in GRPO's sum."""
 
-    def rows(self, index: Tensor) -> "TokenTargets":
-        """The targets of some positions; ``index`` int64."""
+    def rows(self, index: Tensor | slice) -> "TokenTargets":
+        """The targets of some positions; ``index`` int64, or a slice."""
         present = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return dataclasses.replace(self, **{name: x[index] for name, x in present.items() if x is not None})
 
@@ -182,6 +188,37 @@ def sequence_advantages(advantages_T: Tensor, response_lengths: Sequence[int]) -
     return torch.cat([advantages_T[:0], *(response_R.mean().expand_as(response_R) for response_R in responses)])
 
 
+def loss_of_hidden(
+    hidden_TH: Tensor,
+    head: Head,
+    targets: TokenTargets,
+    config: ObjectiveConfig,
+    teacher_head: Head | None = None,
+) -> tuple[Tensor, Metrics]:
+    """``loss`` of ``head.logits(hidden_TH)``, with gradient to ``hidden_TH`` and the head; a chunk at a time.
+
+    ``teacher_head`` makes logits of ``targets.teacher_hidden_TH``, one chunk's as the student's. Rows of weight
+    zero never meet a head.
+    """
+    hidden_TH, targets = _kept(hidden_TH, targets, _counted(targets, config))
+
+    def loss_of(logits_CV: Tensor, rows: slice) -> tuple[Tensor, Metrics]:
+        chunk = targets.rows(rows)
+        if teacher_head is not None and chunk.teacher_hidden_TH is not None:
+            with torch.no_grad():
+                chunk = dataclasses.replace(chunk, teacher_logits_TV=teacher_head.logits(chunk.teacher_hidden_TH))
+        return _weighted_sum(logits_CV, chunk, config, head.group)
+
+    value, metrics = fused_loss(hidden_TH, head, loss_of)
+    return value, combined(metrics)
+
+
+def combined(parts: Sequence[Metrics]) -> Metrics:
+    """The metrics of a whole from those of its parts: sums of sums, maxima of maxima."""
+    columns = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
+    return {key: column.max() if key.endswith("/max") else column.sum() for key, column in columns.items()}
+
+
 def loss(
     logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, Metrics]:
@@ -199,10 +236,13 @@ def loss(
     """
     if logits_TV.shape[0] != targets.response_ids_T.shape[0]:
         raise ValueError(f"{logits_TV.shape[0]} rows of logits but {targets.response_ids_T.shape[0]} response tokens")
-    counted_T = targets.weights_T != 0
-    if config.kind == "hybrid":
-        counted_T |= _needed(targets.policy_weights_T, "policy_weights_T", config) != 0
-    logits_TV, targets = _kept(logits_TV, targets, counted_T)
+    return _weighted_sum(*_kept(logits_TV, targets, _counted(targets, config)), config, group)
+
+
+def _weighted_sum(
+    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Metrics]:
+    """``loss`` of tokens that all have a weight."""
     if config.kind == "hybrid":
         value, metrics = _hybrid(logits_TV, targets, config, group)
     else:
@@ -213,12 +253,20 @@ def loss(
     return value, metrics
 
 
-def _kept(logits_TV: Tensor, targets: TokenTargets, kept_T: Tensor) -> tuple[Tensor, TokenTargets]:
-    """The rows where ``kept_T`` is True; nothing is copied when that is all."""
+def _counted(targets: TokenTargets, config: ObjectiveConfig) -> Tensor:
+    """Which tokens have a weight, bool [T]."""
+    counted_T = targets.weights_T != 0
+    if config.kind == "hybrid":
+        counted_T |= _needed(targets.policy_weights_T, "policy_weights_T", config) != 0
+    return counted_T
+
+
+def _kept(rows_T: Tensor, targets: TokenTargets, kept_T: Tensor) -> tuple[Tensor, TokenTargets]:
+    """The rows where ``kept_T`` is True, of logits or hidden states; nothing is copied when that is all."""
     if bool(kept_T.all()):
-        return logits_TV, targets
+        return rows_T, targets
     index_L = kept_T.nonzero()[:, 0]
-    return logits_TV[index_L], targets.rows(index_L)
+    return rows_T[index_L], targets.rows(index_L)
 
 
 def _hybrid(

@@ -56,6 +56,7 @@ def random_batch(tokens: int, seed: int = 0) -> tuple[Tensor, TokenTargets]:
         support_ids_TK=ids_TK,
         teacher_log_probs_TK=support_log_probs(old_TV + normal(tokens, VOCABULARY), ids_TK, with_tail=True),
         teacher_logits_TV=old_TV + normal(tokens, VOCABULARY),
+        teacher_hidden_TH=torch.ones(tokens, 3),
         advantages_T=normal(tokens),
         teacher_advantages_T=normal(tokens),
         reference_log_probs_T=old_T + normal(tokens),
