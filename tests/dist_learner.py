@@ -44,7 +44,10 @@ _CASES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 CASES = {
     **{f"sdpo-{budget}": ("llama", (f"layout.tokens_per_micro_batch={budget}",)) for budget in BUDGETS},
-    **{name: (model, (*overrides, "layout.tokens_per_micro_batch=64")) for name, (model, overrides) in _CASES.items()},
+    **{
+        name: (model, (*overrides, "layout.tokens_per_micro_batch=64", "layout.head_chunk_tokens=10"))
+        for name, (model, overrides) in _CASES.items()
+    },
 }
 """Name -> (model, overrides)."""
 

@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 
 from megatron_sdpo.config import LayoutConfig
+from megatron_sdpo.fused import Head, fused_loss, scored
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
 from megatron_sdpo.mcore.hf import load_hf, save_hf
 from megatron_sdpo.mcore.model import HiddenStatesModel, build_model
 from megatron_sdpo.mcore.modules import packed_rows
+
+CHUNK = 24
+"""Tokens that meet the head at one time; those of the documents make two chunks and a piece."""
 
 
 def run(
@@ -40,12 +44,14 @@ def run(
         hidden = model(ids, None, None, packed_seq_params=rows)
 
         def loss(output: Tensor, non_loss_data: bool = False) -> Any:
-            logits_TV = bare.logits(output[:, 0])
-            seen.append(tensor_parallel.gather_from_tensor_model_parallel_region(logits_TV).detach())
+            hidden_TH, head = output[:, 0], Head(bare.head(), group=groups.tensor, chunk=CHUNK)
+            (logits_TV,) = scored(hidden_TH, head, lambda logits_CV, _: (logits_CV,))
+            seen.append(tensor_parallel.gather_from_tensor_model_parallel_region(logits_TV))
             if weights_TV is None:
                 return torch.zeros(1), {}
-            mine = weights_TV.chunk(groups.tensor_size, 1)[groups.tensor_rank]
-            return (logits_TV * mine).sum(), {}
+            mine_TV = weights_TV.chunk(groups.tensor_size, 1)[groups.tensor_rank]
+            loss, _ = fused_loss(hidden_TH, head, lambda logits_CV, rows: ((logits_CV * mine_TV[rows]).sum(), None))
+            return loss, {}
 
         return hidden, loss
 

@@ -15,7 +15,7 @@ from megatron_sdpo.types import Batch, Sample
 from tests.tiny_model import write_tiny_checkpoint
 
 MODELS = ("llama", "qwen3-tied")
-VOCABULARY = 104
+VOCABULARY, HIDDEN = 104, 48
 # (prompt, response, teacher prompt or None) tokens; neighbours in this list answer the same question
 _LENGTHS = (
     *((3, 5, 9), (1, 17, 30), (20, 2, 21)),
@@ -30,7 +30,7 @@ def write_models(folder: Path) -> None:
         family, tied = name.split("-")[0], name.endswith("tied")
         for path, seed in ((folder / name, 1), (folder / f"{name}-teacher", 2)):
             write_tiny_checkpoint(
-                path, seed, family, VOCABULARY, 48, layers=2, kv_heads=2, head_dim=12, intermediate_size=80, std=0.2
+                path, seed, family, VOCABULARY, HIDDEN, layers=2, kv_heads=2, head_dim=12, intermediate_size=80, std=0.2
             )
             if tied:
                 _tie(path)

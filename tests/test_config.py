@@ -143,6 +143,7 @@ POSITIVE = (
     "layout.pipeline_parallel",
     "layout.world_size",
     "layout.tokens_per_micro_batch",
+    "layout.head_chunk_tokens",
     "engine.count",
     "rollout.prompts_per_step",
     "rollout.attempts_per_prompt",

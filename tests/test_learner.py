@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_sdpo import batching
 from megatron_sdpo.config import LayoutConfig
@@ -24,7 +26,7 @@ from megatron_sdpo.mcore.scores import TeacherScores
 from megatron_sdpo.types import Batch
 from tests.dist_learner import BATCHES, CASES, run_cases
 from tests.launch import run_ranks
-from tests.learner_setup import MODELS, VOCABULARY, learn, make_batch, make_config, make_learner, write_models
+from tests.learner_setup import HIDDEN, MODELS, VOCABULARY, learn, make_batch, make_config, make_learner, write_models
 from tests.reference.step_naive import first_step, load
 from tests.tiny_model import reference_log_probs
 
@@ -91,6 +93,45 @@ def test_the_split_into_micro_batches_changes_nothing(folder: Path, single: Path
             assert ours == pytest.approx(theirs, rel=TOLERANCE)
         found, expected = (load_file(single / name / "model.safetensors") for name in (case, "sdpo-4096"))
         _check_weights(found, expected, load_file(folder / "llama" / "model.safetensors"))
+
+
+class WidestLogits(TorchDispatchMode):
+    """The most rows that any tensor had whose other axis is the vocabulary; the head itself is not meant."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.dim() > 1 and x.shape[-1] == VOCABULARY and x.shape[-2] != HIDDEN:
+                self.rows = max(self.rows, x.numel() // VOCABULARY)
+        return out
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("objective.support=vocabulary", "objective.sample_weighting=teacher_confidence"),
+        ("teacher.kind=trust_region", "objective.sample_weighting=teacher_confidence"),
+        ("objective.kind=hybrid", "objective.kl_coefficient=0.1"),
+        ("objective.kind=next_token",),
+    ],
+    ids=["sdpo", "vocabulary", "trust-region", "hybrid", "next-token"],
+)
+def test_no_pass_holds_more_logits_than_a_chunk(
+    folder: Path, groups: ParallelGroups, overrides: tuple[str, ...]
+) -> None:
+    """Scoring, teaching, training forward and backward; one micro-batch whose responses are 68 tokens."""
+    metrics = []
+    for chunk, most in ((7, 7), (1000, sum(len(s.response_ids) for s in make_batch().samples))):
+        config = make_config(folder / "llama", (*overrides, f"layout.head_chunk_tokens={chunk}"))
+        learner = make_learner(config, groups, folder / "llama-teacher")
+        with WidestLogits() as seen:
+            metrics.append(learn(learner, make_batch()))
+            learner.log_probs(range(2, 60))
+        assert seen.rows == most
+    assert metrics[0] == pytest.approx(metrics[1], rel=TOLERANCE)
 
 
 def test_the_cases_are_what_they_are_meant_to_be(single: Path) -> None:

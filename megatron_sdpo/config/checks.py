@@ -9,6 +9,7 @@ _AT_LEAST = {
     1: (
         *("steps", "model.max_length", "optim.mini_batches", "objective.top_k", "publish.bucket_bytes"),
         *("layout.tensor_parallel", "layout.pipeline_parallel", "layout.world_size", "layout.tokens_per_micro_batch"),
+        "layout.head_chunk_tokens",
         *("engine.count", "engine.tensor_parallel", "engine.max_running_requests", "engine.max_total_tokens"),
         *("rollout.prompts_per_step", "rollout.attempts_per_prompt", "rollout.max_new_tokens"),
         *("rollout.verify_workers", "teacher_context.max_prompt_tokens"),

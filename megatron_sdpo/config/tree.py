@@ -41,6 +41,8 @@ class LayoutConfig:
     """Trainer ranks in all: a multiple of tensor_parallel * pipeline_parallel."""
     tokens_per_micro_batch: int = 8192
     """Packed tokens of a micro-batch; a sequence longer than this has a micro-batch of its own."""
+    head_chunk_tokens: int = 1024
+    """Response tokens whose logits a rank holds at one time, forward and backward; changes memory, not results."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

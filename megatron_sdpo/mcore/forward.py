@@ -1,7 +1,8 @@
 """Megatron's pipeline schedule, called with packed micro-batches: scoring passes and training passes.
 
-``on_logits`` receives the vocabulary shard of the logits at response positions only; prompts never
-meet the head. It runs on the last stage, on every tensor rank alike.
+``on_hidden`` receives the final hidden states ``[N, H]`` that predict the response tokens; prompts never meet the
+head. It runs on the last stage, on every tensor rank alike. Whoever wants logits makes them of a chunk of rows at a
+time (``megatron_sdpo.fused``).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,56 +22,41 @@ R = TypeVar("R")
 
 @torch.no_grad()
 def score(
-    model: HiddenStatesModel, micro_batches: Sequence[MicroBatch], on_logits: Callable[[MicroBatch, Tensor], R]
+    model: HiddenStatesModel, micro_batches: Sequence[MicroBatch], on_hidden: Callable[[MicroBatch, Tensor], R]
 ) -> list[R]:
-    """Forward only: ``on_logits(micro_batch, logits_NV)`` for each micro-batch, in order; [] before the last stage."""
+    """Forward only: ``on_hidden(micro_batch, hidden_NH)`` for each micro-batch, in order; [] before the last stage."""
 
     def collect(micro_batch: MicroBatch, hidden_T1H: Tensor, non_loss_data: bool = True) -> R:
-        return on_logits(micro_batch, _logits(model, micro_batch, hidden_T1H))
+        return on_hidden(micro_batch, _predicting(micro_batch, hidden_T1H))
 
-    return _run(model, model, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
-
-
-@torch.no_grad()
-def hidden_rows(model: HiddenStatesModel, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-    """Forward only: the final hidden states ``[N, H]`` that predict each micro-batch's responses, for a later head.
-
-    In order; [] before the last stage.
-    """
-
-    def collect(micro_batch: MicroBatch, hidden_T1H: Tensor, non_loss_data: bool = True) -> Tensor:
-        return hidden_T1H[:, 0].index_select(0, micro_batch.rows_N)
-
-    return _run(model, model, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
+    return _run(model, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
 
 
 def forward_backward(
     wrapped: torch.nn.Module,
-    model: HiddenStatesModel,
     micro_batches: Sequence[MicroBatch],
-    on_logits: Callable[[MicroBatch, Tensor], tuple[Tensor, R]],
+    on_hidden: Callable[[MicroBatch, Tensor], tuple[Tensor, R]],
 ) -> list[R]:
     """Forward and backward of the plain sum of the losses; gradients arrive in ``wrapped`` (Megatron's DDP).
 
-    ``on_logits(micro_batch, logits_NV) -> (loss, anything)``; the anythings come back, [] before the last stage.
+    ``on_hidden(micro_batch, hidden_NH) -> (loss, anything)``; the anythings come back, [] before the last stage.
     Losses must already carry their global denominators: nothing is averaged here.
     """
 
     def loss_func(micro_batch: MicroBatch, hidden_T1H: Tensor) -> tuple[Tensor, Tensor, R]:
-        loss, report = on_logits(micro_batch, _logits(model, micro_batch, hidden_T1H))
+        loss, report = on_hidden(micro_batch, _predicting(micro_batch, hidden_T1H))
         # Megatron divides by the sum of this count unless it is zero (calculate_per_token_loss): zero keeps plain sums.
         return loss, torch.zeros((), dtype=torch.int, device=loss.device), report
 
-    return _run(wrapped, model, micro_batches, loss_func, forward_only=False)
+    return _run(wrapped, micro_batches, loss_func, forward_only=False)
 
 
-def _logits(model: HiddenStatesModel, micro_batch: MicroBatch, hidden_T1H: Tensor) -> Tensor:
-    return model.logits(hidden_T1H[:, 0].index_select(0, micro_batch.rows_N))
+def _predicting(micro_batch: MicroBatch, hidden_T1H: Tensor) -> Tensor:
+    return hidden_T1H[:, 0].index_select(0, micro_batch.rows_N)
 
 
 def _run(
     scheduled: torch.nn.Module,
-    model: HiddenStatesModel,
     micro_batches: Sequence[MicroBatch],
     loss_func: Callable[..., Any],
     forward_only: bool,

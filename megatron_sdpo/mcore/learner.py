@@ -4,7 +4,7 @@ What the scoring passes find stays on the rank that needs it (last stage, same d
 the sample's position in the batch; see ``batching.assign``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +16,11 @@ from megatron_sdpo import batching, objective
 from megatron_sdpo.batching import MicroBatch, View
 from megatron_sdpo.config import Config
 from megatron_sdpo.divergence import entropy, sampled_log_probs, student_support, support_log_probs
+from megatron_sdpo.fused import Head, scored
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore import optimizer as optim
 from megatron_sdpo.mcore import platform
-from megatron_sdpo.mcore.forward import forward_backward, hidden_rows, score
+from megatron_sdpo.mcore.forward import forward_backward, score
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import load_hf
 from megatron_sdpo.mcore.model import build_model
@@ -57,30 +58,17 @@ class Learner:
             return StudentScores({}, {})
         wanted = self.config.objective.has_teacher and self.config.objective.support == "top_k"
 
-        def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-            logits_NV = self._tempered(logits_NV)
-            old_N = sampled_log_probs(logits_NV, micro_batch.response_ids_N, self.groups.tensor)
-            if not wanted:
-                return micro_batch.split(old_N), {}
-            ids_NK = student_support(logits_NV, self.config.objective.kept_tokens, self.groups.tensor)
-            return micro_batch.split(old_N), micro_batch.split(ids_NK)
+        def of_logits(micro_batch: MicroBatch, logits_CV: Tensor, rows: slice) -> tuple[Tensor, ...]:
+            old = self._of_sampled(micro_batch, logits_CV, rows)
+            kept = self.config.objective.kept_tokens
+            return (*old, student_support(logits_CV, kept, self.groups.tensor)) if wanted else old
 
         micro_batches = self._cut(batch.samples, self._shares(batch), "student")
-        found = score(self.model, micro_batches, on_logits)
-        reference = self._score_reference(micro_batches)
-        return StudentScores(_merge(old for old, _ in found), _merge(ids for _, ids in found), reference)
-
-    def _score_reference(self, micro_batches: Sequence[MicroBatch]) -> dict[int, Tensor]:
-        """Log-probs of the sampled tokens under the model that the run began with; nothing without a penalty."""
+        old, ids = self._score(micro_batches, of_logits)
         if self.reference is None:
-            return {}
-
-        def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> dict[int, Tensor]:
-            logits_NV = self._tempered(logits_NV)
-            return micro_batch.split(sampled_log_probs(logits_NV, micro_batch.response_ids_N, self.groups.tensor))
-
+            return StudentScores(old, ids)
         with self.reference.swapped_in(list(self.model.parameters())):
-            return _merge(score(self.model, micro_batches, on_logits))
+            return StudentScores(old, ids, self._score(micro_batches, self._of_sampled)[0])
 
     def score_teacher(self, batch: Batch, student: StudentScores) -> TeacherScores:
         """Forward only, under the teacher's weights and contexts: log-probs at the support."""
@@ -93,41 +81,54 @@ class Learner:
 
         micro_batches = self._cut(batch.samples, shares, "teacher")
         if self.config.objective.support == "vocabulary":
-            return TeacherScores({}, states=self._teacher_states(micro_batches))
-        top_k = self.config.objective.support == "top_k"
-        by_confidence = self.config.objective.sample_weighting == "teacher_confidence"
-
-        def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-            logits_NV = self._tempered(self._mixed(micro_batch, logits_NV, initial))
-            ids_NK = self._support_ids(micro_batch, student) if top_k else micro_batch.response_ids_N[:, None]
-            log_probs_NK1 = support_log_probs(logits_NV, ids_NK, self.groups.tensor, with_tail=top_k)
-            entropies = micro_batch.split(entropy(logits_NV, self.groups.tensor)) if by_confidence else {}
-            return micro_batch.split(log_probs_NK1), entropies
-
-        initial = None
+            states = self._teacher_states(micro_batches)
+            return TeacherScores({}, self._entropies(micro_batches, states), states)
         if self.config.teacher.kind == "trust_region":
-            initial = self._teacher_states(micro_batches)
-            found = score(self.model, micro_batches, on_logits)
-        else:
-            with self.teacher.swapped_in(list(self.model.parameters())):
-                found = score(self.model, micro_batches, on_logits)
-        return TeacherScores(_merge(log_probs for log_probs, _ in found), _merge(entropies for _, entropies in found))
+            return self._support_scores(micro_batches, student, self._teacher_states(micro_batches))
+        with self.teacher.swapped_in(list(self.model.parameters())):
+            return self._support_scores(micro_batches, student, None)
+
+    def _support_scores(
+        self, micro_batches: Sequence[MicroBatch], student: StudentScores, initial: TeacherStates | None
+    ) -> TeacherScores:
+        """Under the weights in the model; a trust-region teacher's logits are mixed with those of ``initial``."""
+        top_k = self.config.objective.support == "top_k"
+
+        def of_logits(micro_batch: MicroBatch, logits_CV: Tensor, rows: slice) -> tuple[Tensor, ...]:
+            if initial is not None:
+                initial_CV = self._head(initial.head_VH).logits(self._hidden(micro_batch, initial)[rows])
+                logits_CV = mixed_logits(initial_CV, logits_CV, self.config.teacher.mixture)
+            ids_NK = self._support_ids(micro_batch, student) if top_k else micro_batch.response_ids_N[:, None]
+            log_probs_CK1 = support_log_probs(logits_CV, ids_NK[rows], self.groups.tensor, with_tail=top_k)
+            return (log_probs_CK1, entropy(logits_CV, self.groups.tensor)) if self._by_confidence else (log_probs_CK1,)
+
+        return TeacherScores(*self._score(micro_batches, of_logits))
 
     def _teacher_states(self, micro_batches: Sequence[MicroBatch]) -> TeacherStates:
         """What the teacher's weights make of the micro-batches, before the head, and the head."""
         with self.teacher.swapped_in(list(self.model.parameters())):
-            rows = hidden_rows(self.model, micro_batches)
+            rows = score(self.model, micro_batches, lambda _, hidden_NH: hidden_NH)
             # A copy: what the parameter holds here may move with the next optimizer step.
             head_VH = self.model.head().detach().clone() if self.groups.is_last_stage else None
         return TeacherStates(_merge(m.split(rows_NH) for m, rows_NH in zip(micro_batches, rows, strict=False)), head_VH)
 
-    def _mixed(self, micro_batch: MicroBatch, logits_NV: Tensor, initial: TeacherStates | None) -> Tensor:
-        """The student's logits, mixed with those of the initial weights for a trust-region teacher."""
-        if initial is None:
-            return logits_NV
-        none = self._none(self.hf_config["hidden_size"], dtype=logits_NV.dtype)
-        initial_NV = self.model.logits(micro_batch.join(initial.hidden, none), initial.head_VH)
-        return mixed_logits(initial_NV, logits_NV, self.config.teacher.mixture)
+    def _entropies(self, micro_batches: Sequence[MicroBatch], states: TeacherStates) -> dict[int, Tensor]:
+        """Of the teacher, fp32 ``[R]``, where tokens are weighted by them and the last stage has the states."""
+        if not self._by_confidence or states.head_VH is None:
+            return {}
+        head = self._head(states.head_VH)
+        found = [
+            scored(self._hidden(m, states), head, lambda logits_CV, _: (entropy(logits_CV, self.groups.tensor),))
+            for m in micro_batches
+        ]
+        return _merge(m.split(entropy_N) for m, (entropy_N,) in zip(micro_batches, found, strict=True))
+
+    def _hidden(self, micro_batch: MicroBatch, states: TeacherStates) -> Tensor:
+        return micro_batch.join(states.hidden, self._none(self.hf_config["hidden_size"]))
+
+    @property
+    def _by_confidence(self) -> bool:
+        return self.config.objective.sample_weighting == "teacher_confidence"
 
     def train(self, batch: Batch, student: StudentScores, teacher: TeacherScores) -> dict[str, float]:
         """One optimizer step per mini-batch; metrics are means over them, ``/max`` the largest. Advances ``step``."""
@@ -148,11 +149,31 @@ class Learner:
         """Natural log-probs of ``ids[1:]``, each given those before it, under the current weights; on every rank."""
         probe = batching.pack([(0, ids[:1], ids[1:])], self.device)
 
-        def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> list[float]:
-            return sampled_log_probs(logits_NV, micro_batch.response_ids_N, self.groups.tensor).tolist()
+        found, _ = self._score([probe], self._of_sampled, temperature=1.0)
+        return self._from_last_stage(found[0].tolist() if found else None)
 
-        found = score(self.model, [probe], on_logits)
-        return self._from_last_stage(found[0] if found else None)
+    def _score(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        of_logits: Callable[[MicroBatch, Tensor, slice], tuple[Tensor, ...]],
+        temperature: float | None = None,
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Forward only: the one or two tensors that ``of_logits(micro_batch, logits_CV, rows)`` gives, by sample.
+
+        {} for a second that it does not give, and before the last stage.
+        """
+
+        def on_hidden(micro_batch: MicroBatch, hidden_NH: Tensor) -> list[dict[int, Tensor]]:
+            head = self._head() if temperature is None else replace(self._head(), temperature=temperature)
+            found = scored(hidden_NH, head, lambda logits_CV, rows: of_logits(micro_batch, logits_CV, rows))
+            return [micro_batch.split(x_N) for x_N in found]
+
+        found = score(self.model, micro_batches, on_hidden)
+        return _merge(first for first, *_ in found), _merge(rest[0] for _, *rest in found if rest)
+
+    def _of_sampled(self, micro_batch: MicroBatch, logits_CV: Tensor, rows: slice) -> tuple[Tensor, ...]:
+        """Log-probs of the response tokens."""
+        return (sampled_log_probs(logits_CV, micro_batch.response_ids_N[rows], self.groups.tensor),)
 
     def _optimizer_step(
         self, samples: Sequence[Sample], chosen: Sequence[int], student: StudentScores, teacher: TeacherScores
@@ -160,15 +181,16 @@ class Learner:
         objective_config = self.config.objective
         numbers = self._numbers(samples, chosen)
 
-        def on_logits(micro_batch: MicroBatch, logits_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def on_hidden(micro_batch: MicroBatch, hidden_NH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             targets = self._targets(micro_batch, samples, numbers, student, teacher)
-            loss, metrics = objective.loss(self._tempered(logits_NV), targets, objective_config, self.groups.tensor)
+            teacher_head = self._head(teacher.states.head_VH if teacher.states else None)
+            loss, metrics = objective.loss_of_hidden(hidden_NH, self._head(), targets, objective_config, teacher_head)
             return loss, {**metrics, _TOTAL: loss.detach()}
 
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         shares = batching.assign(_costs(samples), chosen, self.groups.data_size)
-        reports = forward_backward(self.ddp, self.model, self._cut(samples, shares, "student"), on_logits)
+        reports = forward_backward(self.ddp, self._cut(samples, shares, "student"), on_hidden)
         _, grad_norm, _ = self.optimizer.step()
         if self.config.teacher.update_every == "optimizer_step":
             self.teacher.update(optim.masters(self.model))
@@ -259,16 +281,13 @@ class Learner:
 
         if config.support == "vocabulary":
             states = teacher.states or TeacherStates({}, None)
-            logits_NV = self._teacher_logits(rows(states.hidden, self.hf_config["hidden_size"]), states.head_VH)
-            targets = replace(targets, teacher_logits_TV=logits_NV)
+            targets = replace(targets, teacher_hidden_TH=rows(states.hidden, self.hf_config["hidden_size"]))
         else:
             targets = replace(targets, teacher_log_probs_TK=rows(teacher.log_probs, config.teacher_columns))
         if config.support == "top_k":
             targets = replace(targets, support_ids_TK=self._support_ids(micro_batch, student))
-        if config.sample_weighting == "teacher_confidence":
-            logits_NV = targets.teacher_logits_TV
-            entropy_N = rows(teacher.entropies) if logits_NV is None else entropy(logits_NV, self.groups.tensor)
-            factors_N = objective.confidence_factors(entropy_N, config.teacher_confidence_beta)
+        if self._by_confidence:
+            factors_N = objective.confidence_factors(rows(teacher.entropies), config.teacher_confidence_beta)
             targets = replace(targets, weights_T=targets.weights_T * factors_N)
         if config.credit == "sequence":
             old_N, teacher_NK = targets.old_log_probs_T, targets.teacher_log_probs_TK
@@ -278,10 +297,17 @@ class Learner:
             targets = replace(targets, teacher_advantages_T=means_N)
         return targets
 
-    @torch.no_grad()
-    def _teacher_logits(self, hidden_NH: Tensor, head_VH: Tensor | None) -> Tensor:
-        """The teacher's logits of kept hidden states, tempered; without any teacher (no head) the states are zeros."""
-        return self._tempered(self.model.logits(hidden_NH.to(self.model.config.params_dtype), head_VH))
+    def _head(self, weight_VH: Tensor | None = None) -> Head:
+        """The model's own head, or another in its place: states of other weights need the head of these.
+
+        Both sides are compared as the distribution that was sampled from, so logits are tempered.
+        """
+        return Head(
+            self.model.head() if weight_VH is None else weight_VH,
+            self.config.rollout.temperature,
+            self.groups.tensor,
+            self.config.layout.head_chunk_tokens,
+        )
 
     def _support_ids(self, micro_batch: MicroBatch, student: StudentScores) -> Tensor:
         return micro_batch.join(student.support_ids, self._none(self.config.objective.kept_tokens, dtype=torch.int64))
@@ -320,26 +346,20 @@ class Learner:
         budget = self.config.layout.tokens_per_micro_batch
         return batching.micro_batches(samples, shares, view, budget, self.groups.data_rank, self.device)
 
-    def _tempered(self, logits_NV: Tensor) -> Tensor:
-        """Both sides are compared as the distribution that was sampled from."""
-        temperature = self.config.rollout.temperature
-        return logits_NV if temperature == 1.0 else logits_NV / temperature
-
     def _reduce(self, reports: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         """Sums and maxima over micro-batches and data ranks; then per-token means, on every rank."""
         reduced: dict[str, float] | None = None
         if self.groups.is_last_stage:
-            keys = sorted({key for report in reports for key in report})
-            zero = torch.zeros((), device=self.device)
-            maxima = [key for key in keys if key.endswith("/max")]
-            sums = [key for key in keys if not key.endswith("/max")]
-            total = torch.stack([torch.stack([r.get(k, zero) for r in reports]).sum() for k in sums])
+            report = objective.combined(reports)
+            sums = sorted(key for key in report if not key.endswith("/max"))
+            total = torch.stack([report[key] for key in sums])
             dist.all_reduce(total, group=self.groups.data)
             by_key = dict(zip(sums, total.tolist(), strict=True))
             tokens = max(by_key.get("loss/tokens", 0.0), 1.0)
             reduced = {k: v if k in (_TOTAL, "loss/tokens") else v / tokens for k, v in by_key.items()}
+            maxima = sorted(report.keys() - set(sums))
             if maxima:
-                largest = torch.stack([torch.stack([r.get(k, zero) for r in reports]).max() for k in maxima])
+                largest = torch.stack([report[key] for key in maxima])
                 dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.data)
                 reduced |= dict(zip(maxima, largest.tolist(), strict=True))
         return self._from_last_stage(reduced)

@@ -19,26 +19,21 @@ from megatron_sdpo.mcore.modules import PackedRows, cpu_block_spec
 
 
 class HiddenStatesModel(GPTModel):
-    """GPTModel whose last stage returns the states after the final norm, ``[T, 1, H]``; see ``logits``.
+    """GPTModel whose last stage returns the states after the final norm, ``[T, 1, H]``; see ``head``.
 
-    Log-probabilities are needed at response positions only, so the head is applied to chosen rows.
+    Log-probabilities are needed at response positions only, and their logits a chunk at a time, so the head is applied
+    elsewhere (``megatron_sdpo.fused``).
     """
 
     def __init__(self, *args: Any, rotary_in_attention: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rotary_in_attention = rotary_in_attention
 
-    def logits(self, hidden_NH: Tensor, head_VH: Tensor | None = None) -> Tensor:
-        """Rows of hidden states -> this rank's vocabulary shard ``logits_NV``; last stage only.
-
-        ``head_VH`` takes the place of the model's own head: states of other weights need the head of these.
-        Backward sums the gradient of ``hidden_NH`` over the tensor group, so it is whole on every rank.
-        """
-        logits_NV, _ = self.output_layer(hidden_NH, weight=self.head() if head_VH is None else head_VH)
-        return logits_NV
-
     def head(self) -> Tensor:
-        """The vocabulary-parallel head, ``[V, H]`` local: the output layer's weight, or the tied embedding."""
+        """The vocabulary-parallel head, ``[V, H]`` local: the output layer's weight, or the tied embedding.
+
+        Last stage only.
+        """
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return cast(Tensor, self.output_layer.weight)

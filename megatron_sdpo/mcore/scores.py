@@ -35,7 +35,7 @@ class TeacherScores:
     entropies: dict[int, Tensor] = field(default_factory=dict)
     """fp32 ``[R]``, where tokens are weighted by them."""
     states: TeacherStates | None = None
-    """Instead of both, where the whole vocabulary is compared: what training makes the teacher's logits of."""
+    """Instead of log-probs, where the whole vocabulary is compared: what training makes the teacher's logits of."""
 
 
 @dataclass(frozen=True, slots=True)
