@@ -20,7 +20,8 @@ class FakeEngine:
     """``respond(prompt_ids, i)`` are the ids of the i-th response; a last id ``EOS_ID`` makes it finish by "stop".
 
     ``before`` is awaited before each answer; an aiohttp ``web.HTTPException`` that it raises is the answer.
-    ``asked`` are the prompts in order of arrival, one entry a request.
+    ``log_prob(place)`` is what it says of a response token; ``asked`` are the prompts in order of arrival, one entry a
+    request.
     """
 
     def __init__(self, respond: Callable[[Ids, int], Sequence[int]]) -> None:
@@ -28,6 +29,7 @@ class FakeEngine:
         self.before: Callable[[Ids], Awaitable[None]] = _at_once
         self.asked: list[Ids] = []
         self.version = 0
+        self.log_prob: Callable[[int], object] = lambda place: -0.125 * place
         self.address = EngineAddress("fake", "", 1)
         self._runner: web.AppRunner | None = None
 
@@ -62,7 +64,7 @@ class FakeEngine:
             "output_ids": list(ids),
             "meta_info": {
                 "finish_reason": {"type": "stop" if ids[-1] == EOS_ID else "length"},
-                "output_token_logprobs": [[-0.125 * place, id, None] for place, id in enumerate(ids)],
+                "output_token_logprobs": [[self.log_prob(place), id, None] for place, id in enumerate(ids)],
                 "weight_version": str(version),
             },
         }

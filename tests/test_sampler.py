@@ -1,6 +1,7 @@
 """Many questions at once: order, readiness, and failures that end the run instead of becoming rewards."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -107,6 +108,25 @@ def test_an_engine_error_ends_it_all(refusal: type[web.HTTPException]) -> None:
     assert isinstance(cause, EngineError)
     assert str(cause) == "fake /generate: out of memory"
     assert ready == []
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf, None, 0.01, "-1"])
+def test_what_is_no_log_prob_is_refused(value: object) -> None:
+    """Null is how an engine's JSON may spell NaN."""
+    engine = FakeEngine(respond)
+    engine.log_prob = lambda place: value if place == 1 else -0.5
+    with pytest.raises(ExceptionGroup) as error:
+        asyncio.run(sampled(engine, Judge(), 1))
+    (cause,) = error.value.exceptions
+    words = "fake /generate: response token 1 of 2 has log-prob"
+    assert isinstance(cause, EngineError) and str(cause) == f"{words} {value}, which is no log-probability"
+
+
+def test_a_log_prob_may_be_rounded_above_zero() -> None:
+    engine = FakeEngine(respond)
+    engine.log_prob = lambda place: 1e-7
+    (group,), _ = asyncio.run(sampled(engine, Judge(), 1))
+    assert group.attempts[0].engine_log_probs == (1e-7, 1e-7)
 
 
 def test_a_slow_engine_is_given_up() -> None:

@@ -6,6 +6,7 @@ coordinator that keeps hundreds of requests open; SGLang itself depends on it.
 
 import asyncio
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,6 +20,9 @@ from megatron_sdpo.types import EngineAddress
 CONNECT_TRIES = 4
 CONNECT_PAUSE_S = 0.25
 """Pause before the second try to connect; doubled before each further one."""
+
+ROUNDING = 1e-3
+"""A log-prob may be so far above zero: the rounding of a probability near one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +138,19 @@ def _generated(engine: str, sample: dict[str, Any]) -> Generated:
     ids = tuple(int(entry[1]) for entry in entries)
     if ids != tuple(sample["output_ids"]):
         raise EngineError(engine, "/generate", f"{len(sample['output_ids'])} token ids but {len(ids)} log-probs")
+    log_probs = [entry[0] for entry in entries]
+    for place, value in enumerate(log_probs):
+        if not _is_log_prob(value):
+            words = f"response token {place} of {len(ids)} has log-prob {value}, which is no log-probability"
+            raise EngineError(engine, "/generate", words)
     spans = meta.get("weight_versions") or [{"version": meta["weight_version"]}]
     versions = [version_number(str(span["version"])) for span in spans]
     known = [version for version in versions if version is not None]
     if len(known) < len(versions):
         raise EngineError(engine, "/generate", f"weight version {spans} is not a number")
-    return Generated(ids, tuple(float(entry[0]) for entry in entries), finish, min(known))
+    return Generated(ids, tuple(map(float, log_probs)), finish, min(known))
+
+
+def _is_log_prob(value: Any) -> bool:
+    """Finite and not above zero; JSON's null, which stands for NaN in SGLang's answers, is not."""
+    return isinstance(value, (int, float)) and -math.inf < value <= ROUNDING
