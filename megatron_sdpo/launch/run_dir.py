@@ -41,6 +41,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def failures(self) -> Path:
+        """Batches that training stopped at: ``step-00000012.msgpack``, read by ``types.decode(data, Batch)``."""
+        return self.path / "failures"
+
+    @property
     def exported(self) -> Path:
         return self.path / "hf"
 

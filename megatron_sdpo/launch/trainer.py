@@ -13,6 +13,7 @@ from megatron_sdpo.launch.run_dir import RunDir, wait_for
 from megatron_sdpo.loop import train
 from megatron_sdpo.mcore import checkpoint
 from megatron_sdpo.mcore import groups as parallel
+from megatron_sdpo.mcore.finite import NonFiniteError
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import canonical_parameters, save_hf
 from megatron_sdpo.mcore.learner import Learner
@@ -22,7 +23,7 @@ from megatron_sdpo.rollout.control import EngineControl
 from megatron_sdpo.rollout.fleet import read_engines
 from megatron_sdpo.rollout.wire import CoordinatorClient, Kind
 from megatron_sdpo.tracking import Tracker
-from megatron_sdpo.types import Batch, Evaluation
+from megatron_sdpo.types import Batch, Evaluation, encode
 
 R = TypeVar("R")
 
@@ -91,18 +92,31 @@ def run(run_dir: RunDir) -> None:
         config.engine.host,
         learner.log_probs,
     )
-    train(
-        config,
-        SharedSource(client, groups),
-        learner,
-        publisher,
-        DueCheckpoints(config, learner, run_dir.checkpoints),
-        tracker,
-    )
+    try:
+        train(
+            config,
+            SharedSource(client, groups),
+            learner,
+            publisher,
+            DueCheckpoints(config, learner, run_dir.checkpoints),
+            tracker,
+        )
+    except NonFiniteError as failure:
+        raise kept(failure, run_dir, groups) from failure
     save_hf(learner.model, run_dir.exported, groups, config.layout, config.model.path)
     publisher.close()
     tracker.close()
     parallel.shutdown()
+
+
+def kept(failure: NonFiniteError, run_dir: RunDir, groups: ParallelGroups) -> NonFiniteError:
+    """The failure with its batch on disk, and a message that says where; all ranks call this."""
+    path = run_dir.failures / f"step-{failure.batch.step:08d}.msgpack"
+    if groups.rank == 0:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encode(failure.batch))
+    dist.barrier(group=groups.world)  # the first rank to end takes the others with it
+    return NonFiniteError(f"{failure}; the batch is in {path}", failure.batch)
 
 
 def _read(path: Path) -> str | None:

@@ -18,8 +18,8 @@ from megatron_sdpo.config import Config
 from megatron_sdpo.divergence import entropy, sampled_log_probs, student_support, support_log_probs
 from megatron_sdpo.fused import Head, scored
 from megatron_sdpo.hf_config import read_hf_config
+from megatron_sdpo.mcore import finite, platform
 from megatron_sdpo.mcore import optimizer as optim
-from megatron_sdpo.mcore import platform
 from megatron_sdpo.mcore.forward import forward_backward, score
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import load_hf
@@ -131,10 +131,14 @@ class Learner:
         return self.config.objective.sample_weighting == "teacher_confidence"
 
     def train(self, batch: Batch, student: StudentScores, teacher: TeacherScores) -> dict[str, float]:
-        """One optimizer step per mini-batch; metrics are means over them, ``/max`` the largest. Advances ``step``."""
+        """One optimizer step per mini-batch; metrics are means over them, ``/max`` the largest. Advances ``step``.
+
+        A number that is not finite raises NonFiniteError on all ranks, before the optimizer step that it would enter.
+        """
+        finite.check_scores(batch, student, teacher, self.groups)
         rate = optim.learning_rate(self.config.optim, self.step, self.config.steps)
         optim.set_rates(self.optimizer, rate, self.config.optim.weight_decay)
-        found = [self._optimizer_step(batch.samples, chosen, student, teacher) for chosen in self._mini_batches(batch)]
+        found = [self._optimizer_step(batch, chosen, student, teacher) for chosen in self._mini_batches(batch)]
         self.step += 1
         columns = {key: [metrics[key] for metrics in found] for key in found[0]}
         totals = {key: max(c) if key.endswith("/max") else sum(c) / len(c) for key, c in columns.items()}
@@ -176,9 +180,9 @@ class Learner:
         return (sampled_log_probs(logits_CV, micro_batch.response_ids_N[rows], self.groups.tensor),)
 
     def _optimizer_step(
-        self, samples: Sequence[Sample], chosen: Sequence[int], student: StudentScores, teacher: TeacherScores
+        self, batch: Batch, chosen: Sequence[int], student: StudentScores, teacher: TeacherScores
     ) -> dict[str, float]:
-        objective_config = self.config.objective
+        samples, objective_config = batch.samples, self.config.objective
         numbers = self._numbers(samples, chosen)
 
         def on_hidden(micro_batch: MicroBatch, hidden_NH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -190,11 +194,14 @@ class Learner:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         shares = batching.assign(_costs(samples), chosen, self.groups.data_size)
-        reports = forward_backward(self.ddp, self._cut(samples, shares, "student"), on_hidden)
-        _, grad_norm, _ = self.optimizer.step()
+        micro_batches = self._cut(samples, shares, "student")
+        reports = forward_backward(self.ddp, micro_batches, on_hidden)
+        losses, grad_norm = [report[_TOTAL] for report in reports], optim.gradient_norm(self.optimizer)
+        finite.check_step(batch, chosen, micro_batches, losses, grad_norm, self.groups)
+        self.optimizer.step()
         if self.config.teacher.update_every == "optimizer_step":
             self.teacher.update(optim.masters(self.model))
-        return {**self._reduce(reports), "optim/grad_norm": float(grad_norm)}
+        return {**self._reduce(reports), "optim/grad_norm": grad_norm}
 
     def _numbers(self, samples: Sequence[Sample], chosen: Sequence[int]) -> SampleNumbers:
         """Loss weights from counts over the whole mini-batch, advantages from the groups of the whole batch."""

@@ -17,7 +17,8 @@ def wrap(model: HiddenStatesModel, config: OptimConfig) -> tuple[DistributedData
     model.config.calculate_per_token_loss = True  # DDP then sums, and forward_backward leaves the sum as it is
     ddp = DistributedDataParallel(
         model.config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, check_for_nan_in_grad=True),
+        # Megatron's own check for NaN raises on the rank that has it and leaves the others waiting; see finite.py.
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True, check_for_nan_in_grad=False),
         model,
     )
     optimizer = get_megatron_optimizer(
@@ -37,6 +38,15 @@ def wrap(model: HiddenStatesModel, config: OptimConfig) -> tuple[DistributedData
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.grad_scale_func = optimizer.scale_loss
     return ddp, optimizer
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """Norm of the whole gradient before clipping, on every rank, without a step.
+
+    The step itself computes it again: Megatron has no place to look between the norm and the new weights.
+    """
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
 
 
 def masters(model: torch.nn.Module) -> list[Tensor]:
