@@ -90,7 +90,7 @@ def _check_values(hf: dict[str, Any], file: Path) -> None:
 
 
 def read_model_config(config: Config) -> dict[str, Any]:
-    """The model's Hugging Face ``config.json``; a missing model or tokenizer is refused."""
+    """``read_hf_config`` of a run's model; a missing model or tokenizer is refused."""
     folder = Path(config.model.path)
     if not folder.is_dir():
         raise ConfigError(f"model.path {folder} is not a directory; set it to a Hugging Face checkpoint directory")
@@ -99,14 +99,11 @@ def read_model_config(config: Config) -> dict[str, Any]:
             raise ConfigError(f"model.path {folder} has no {name} ({what}); set model.path to a complete checkpoint")
     if not list(folder.glob("*.safetensors")):
         raise ConfigError(f"model.path {folder} has no *.safetensors file; set model.path to a complete checkpoint")
-    model = read_json(folder / "config.json", "the model's configuration")
-    if not isinstance(model, dict):
-        raise ConfigError(f"{folder / 'config.json'} does not hold a JSON object; set model.path to a checkpoint")
-    return model
+    return read_hf_config(folder)
 
 
 def check_model(config: Config, model: dict[str, Any]) -> None:
-    """Refuse a layout that does not divide the model's heads, layers or vocabulary."""
+    """Refuse a layout that does not divide the model's heads, layers or vocabulary, and sizes beyond the model's."""
     tp, pp = config.layout.tensor_parallel, config.layout.pipeline_parallel
     sizes = {
         "attention heads": model["num_attention_heads"],
@@ -124,9 +121,11 @@ def check_model(config: Config, model: dict[str, Any]) -> None:
             f"layout.pipeline_parallel {pp} does not divide the model's {model['num_hidden_layers']} layers;"
             f" set a divisor of {model['num_hidden_layers']}"
         )
-    if config.objective.top_k >= model["vocab_size"]:
+    objective = config.objective
+    keeps_tokens = objective.has_teacher and objective.support == "top_k"
+    if keeps_tokens and objective.kept_tokens >= model["vocab_size"]:
         raise ConfigError(
-            f"objective.top_k {config.objective.top_k} must be smaller than the vocabulary of {model['vocab_size']}"
+            f"objective.top_k {objective.top_k} must be smaller than the vocabulary of {model['vocab_size']}"
         )
     if config.model.max_length > model["max_position_embeddings"]:
         raise ConfigError(

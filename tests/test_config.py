@@ -242,6 +242,11 @@ def test_a_layout_that_does_not_fit_the_model_is_refused(override: str, model: d
     assert sentence in str(error.value)
 
 
+@pytest.mark.parametrize("override", ["kind=grpo", "kind=next_token", "support=vocabulary", "credit=token"])
+def test_the_kept_tokens_are_checked_where_tokens_are_kept(override: str) -> None:
+    check_model(apply_overrides(BASE, ["objective.top_k=512", f"objective.{override}"]), MODEL)
+
+
 def test_a_model_without_key_value_heads_has_as_many_as_attention_heads() -> None:
     model = {key: size for key, size in MODEL.items() if key != "num_key_value_heads"}
     check_model(apply_overrides(BASE, ["layout.tensor_parallel=4"]), model)
@@ -259,12 +264,14 @@ def test_an_incomplete_model_directory_is_refused_until_it_is_complete(tmp_path:
     assert "is not a directory" in refusal()
     folder.mkdir()
     assert "has no config.json" in refusal()
-    (folder / "config.json").write_text(json.dumps(MODEL))
+    written = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "rms_norm_eps": 1e-6}
+    (folder / "config.json").write_text(json.dumps(MODEL | written | {"hidden_act": "silu"}))
     assert "has no tokenizer.json" in refusal()
     (folder / "tokenizer.json").write_text("{}")
     assert "has no *.safetensors file" in refusal()
     (folder / "model.safetensors").touch()
-    assert read_model_config(config) == MODEL
+    model = read_model_config(config)
+    assert (model["num_attention_heads"], model["head_dim"], model["tie_word_embeddings"]) == (4, 16, False)
 
 
 def test_the_leaves_cover_the_whole_tree() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_sdpo import config as configuration
 from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config, ConfigError
-from megatron_sdpo.hf_config import check_model, read_hf_config, read_model_config
+from megatron_sdpo.hf_config import check_model, read_model_config
 from megatron_sdpo.rollout.fleet import check_ports
 from megatron_sdpo.rollout.prompts import PromptStream, check_lengths
 from megatron_sdpo.tasks import load_task
@@ -44,8 +44,7 @@ def check_engines(config: Config) -> None:
 
 
 def _read_model(config: Config) -> tuple[dict[str, Any], Chat]:
-    read_model_config(config)
-    model, tokens = read_hf_config(config.model.path), Chat(config.model.path)
+    model, tokens = read_model_config(config), Chat(config.model.path)
     if tokens.vocab_size > model["vocab_size"]:
         raise ConfigError(
             f"the tokenizer of {config.model.path} has {tokens.vocab_size} ids, its model only {model['vocab_size']}"
