@@ -83,8 +83,8 @@ def train(
     """Every trainer rank runs this, in step with the others, from ``learner.step`` to ``config.steps``."""
     publisher.publish(learner.step)  # the engines never sample from unknown weights
     source.published(learner.step)
-    if learner.step == 0 and _evaluated(config, 0):
-        metrics_log.log(0, source.evaluate(0).metrics)
+    if learner.step == 0 and (evaluated := _evaluate(config, source, learner)):
+        metrics_log.log(0, evaluated)
     seconds: dict[str, float] = {}
     while learner.step < config.steps:
         with _phase("step", seconds):
@@ -100,16 +100,21 @@ def train(
             with _phase("sync", seconds):
                 synced = publisher.publish(learner.step)
                 source.published(learner.step)
-        evaluated = source.evaluate(learner.step).metrics if _evaluated(config, learner.step) else {}
+        evaluated = _evaluate(config, source, learner)
         metrics_log.log(learner.step, {**batch.metrics, **stats, **synced, **evaluated, **seconds})
         seconds = {}
         with _phase("checkpoint", seconds):  # after the row: a resumed run has the row of every step that it skips
             checkpoints.save_if_due(batch.cursor)
 
 
-def _evaluated(config: Config, version: int) -> bool:
-    every = config.evaluation.every
-    return every > 0 and (version % every == 0 or version == config.steps)
+def _evaluate(config: Config, source: BatchSource, learner: "Learner") -> dict[str, float]:
+    """Held-out scores of the current version, where they are due."""
+    every, version = config.evaluation.every, learner.step
+    if every == 0 or (version % every != 0 and version != config.steps):
+        return {}
+    metrics = source.evaluate(version).metrics
+    learner.evaluated(metrics["eval/accuracy"])
+    return metrics
 
 
 @contextmanager

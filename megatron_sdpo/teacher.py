@@ -67,12 +67,12 @@ class TeacherWeights:
         """fp32, in the order of ``weights``. A checkpoint saves these and loads by ``copy_`` into them."""
         self._in_model = False
 
-    def update(self, masters: Sequence[Tensor]) -> None:
-        """One EMA step towards the student's master weights; nothing for the other kinds."""
+    def update(self, masters: Sequence[Tensor], damping: float = 1.0) -> None:
+        """One EMA step towards the student's master weights, at ``damping`` times the rate; nothing for other kinds."""
         if self._in_model:
             raise RuntimeError("the teacher's weights are in the model; update them after the swap has ended")
         if self.kind == "ema":
-            ema_update(self.tensors, masters, self.update_rate)
+            ema_update(self.tensors, masters, self.update_rate * damping)
 
     @contextmanager
     def swapped_in(self, parameters: Sequence[Tensor]) -> Iterator[None]:

@@ -27,11 +27,13 @@ from tests.learner_setup import learn, make_batch, make_config, make_learner
 
 RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "tp2": ("tp2pp1dp1", "llama", ()),
-    "pp2": ("tp1pp2dp1", "qwen3-tied", ("optim.mini_batches=2",)),
+    "pp2": ("tp1pp2dp1", "qwen3-tied", ("optim.mini_batches=2", "guard.signal=accuracy")),
     "dp2": ("tp1pp1dp2", "llama", ("optim.mini_batches=2",)),
     "tp2-bf16": ("tp2pp1dp1", "llama", ("model.dtype=bfloat16",)),
 }
 """Name -> (layout, model, overrides)."""
+ACCURACIES = (0.9, 0.5)
+"""Held-out, after each batch before the save: a run that resumes without them would not be damped."""
 CHANGES = (("tp2", "tp1pp2dp1"), ("pp2", "tp2pp1dp1"), ("tp2", "tp1pp1dp2"))
 """(run, layout under which it continues)."""
 
@@ -44,6 +46,7 @@ def state_of(learner: Learner) -> dict[str, Any]:
         "teacher": learner.teacher.tensors,
         "rng": torch.get_rng_state(),
         "step": learner.step,
+        "history": (learner.history.rewards, learner.history.accuracies),
     }
 
 
@@ -68,8 +71,9 @@ def straight(folder: Path, run: str) -> None:
     layout = parse(RUNS[run][0])
     groups = initialize(layout, seed=1, timeout_s=60)
     learner = run_learner(folder, run, groups, layout, taught=True)
-    for step in (0, 1):
+    for step, accuracy in enumerate(ACCURACIES):
         learn(learner, make_batch(step))
+        learner.evaluated(accuracy)
     torch.rand(3 + groups.rank)
     checkpoint.save(learner, folder / run / "checkpoints", cursor=6, keep=2)
     torch.save(state_of(learner), folder / run / f"saved-{groups.rank}.pt")

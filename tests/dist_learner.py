@@ -22,7 +22,13 @@ BUDGETS = (4096, 64, 1)
 """Tokens of a micro-batch: all sequences together; several; each alone."""
 _CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "sdpo-sequence-mean": ("llama", ("objective.aggregation=sequence_mean", "objective.alpha=1")),
-    "sdpo-mini-batches": ("llama", ("optim.mini_batches=2", "objective.aggregation=sequence_mean")),
+    "sdpo-mini-batches": (
+        "llama",
+        (
+            *("optim.mini_batches=2", "objective.aggregation=sequence_mean"),
+            *("guard.signal=reward", "guard.reward_window=1", "guard.drop=0"),
+        ),
+    ),
     "sdpo-one-sample-each": ("llama", ("optim.mini_batches=9",)),
     "sdpo-tied": ("qwen3-tied", ("optim.mini_batches=2", "rollout.temperature=0.7", "objective.tail=false")),
     "grpo": ("llama", ("objective.kind=grpo", "optim.mini_batches=2", "objective.advantage_std=true")),

@@ -76,6 +76,13 @@ def test_new_processes_continue_to_the_bit_and_under_other_layouts(straight: Pat
         _check_continued(straight, run, straight / run / layout)
 
 
+def test_a_guard_that_has_seen_a_fall_goes_on_damping(straight: Path) -> None:
+    """What new processes and other layouts are held to above, in the run that watches and in one that does not."""
+    for run, damping in (("pp2", 0.1), ("dp2", 1.0)):
+        metrics = json.loads((straight / run / "metrics.json").read_text())
+        assert [m["optim/guard"] for m in metrics] == [damping, damping]
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_weights_alone_load_into_one_process(straight: Path, groups: ParallelGroups, tmp_path: Path, run: str) -> None:
     model_path = straight / RUNS[run][1]

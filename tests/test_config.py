@@ -161,6 +161,8 @@ POSITIVE = (
     "teacher_context.max_prompt_tokens",
     "evaluation.attempts",
     "evaluation.questions",
+    "guard.reward_window",
+    "guard.accuracy_window",
 )
 
 
@@ -204,6 +206,10 @@ def test_sizes_must_be_positive(key: str) -> None:
         (["teacher.kind=frozen", "teacher.update_every=optimizer_step"], "kind frozen is never updated"),
         (["objective.support=vocabulary", "teacher.kind=trust_region"], "of which objective.support=vocabulary"),
         (["objective.support=sampled"], "but objective.alpha is 0.5; set objective.alpha=1"),
+        (["guard.drop=1.5"], "guard.drop is 1.5; it must lie between 0 and 1"),
+        (["guard.damping=-0.1"], "guard.damping is -0.1; it must lie between 0 and 1"),
+        (["guard.signal=accuracy", "evaluation.every=0"], "set evaluation.every to 1 or more"),
+        (["guard.signal=both", "objective.kind=next_token"], "watches rewards, which kind next_token has not"),
         (["teacher_context.demonstration=random", "teacher_context.demonstrations=false"], "set the one to first"),
         (["teacher_context.too_long=shorten_feedback", "teacher_context.feedback=never"], "a section that is never"),
         (["teacher_context.too_long=shorten_demonstration", "teacher_context.demonstrations=false"], "to shorten or"),

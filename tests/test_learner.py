@@ -7,9 +7,9 @@ All in fp32. Sums are taken in another order under another layout, which moves a
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pytest
 import torch
@@ -20,15 +20,21 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_sdpo import batching
 from megatron_sdpo.config import LayoutConfig
+from megatron_sdpo.guard import History
+from megatron_sdpo.loop import train
 from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
 from megatron_sdpo.mcore.hf import save_hf
+from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.mcore.scores import TeacherScores
-from megatron_sdpo.types import Batch
+from megatron_sdpo.types import Batch, Evaluation
 from tests.dist_learner import BATCHES, CASES, run_cases
 from tests.launch import run_ranks
 from tests.learner_setup import HIDDEN, MODELS, VOCABULARY, learn, make_batch, make_config, make_learner, write_models
 from tests.reference.step_naive import first_step, load
 from tests.tiny_model import reference_log_probs
+
+if TYPE_CHECKING:
+    from megatron_sdpo.reshard.publish import Publisher
 
 TOLERANCE = 1e-5
 """Relative, of losses and gradient norms."""
@@ -271,6 +277,74 @@ def test_teacher_and_step_follow_each_batch(folder: Path, groups: ParallelGroups
     assert learner.step == 1
     for teacher, old, new in zip(learner.teacher.tensors, before, learner.model.parameters(), strict=True):
         torch.testing.assert_close(teacher, 0.75 * old + 0.25 * new.detach(), rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("when", ["generation_batch", "optimizer_step"])
+@pytest.mark.parametrize("kind", ["sdpo", "grpo"])
+def test_the_guard_slows_student_and_teacher_while_rewards_are_down(
+    folder: Path, groups: ParallelGroups, kind: str, when: str
+) -> None:
+    overrides = ("guard.signal=reward", "guard.reward_window=1", "guard.damping=0.25", f"teacher.update_every={when}")
+    overrides += (f"objective.kind={kind}", "teacher.update_rate=0.4", "optim.lr_decay=linear")
+    learner = make_learner(make_config(folder / "llama", overrides), groups)
+    plain = make_learner(make_config(folder / "llama", (*overrides, "guard.signal=off")), groups)
+    for step, (reward, factor) in enumerate([(0.5, 1.0), (0.3, 0.25), (0.45, 1.0)]):
+        batch = make_batch(step)
+        samples = [dataclasses.replace(s, reward=reward + 0.05 * (-1) ** i) for i, s in enumerate(batch.samples[:8])]
+        batch = dataclasses.replace(batch, samples=tuple(samples))
+        teacher = [weight.clone() for weight in learner.teacher.tensors]
+        metrics, unguarded = learn(learner, batch), learn(plain, batch)
+        assert (metrics["optim/guard"], unguarded["optim/guard"]) == (factor, 1.0)
+        assert metrics["optim/lr"] == factor * unguarded["optim/lr"] == pytest.approx(factor * 1e-3 * (1 - step / 10))
+        assert {group["lr"] for group in learner.optimizer.param_groups} == {metrics["optim/lr"]}
+        for new, old, student in zip(learner.teacher.tensors, teacher, learner.model.parameters(), strict=True):
+            rate = 0.4 * factor
+            torch.testing.assert_close(new, (1 - rate) * old + rate * student.detach(), rtol=0, atol=3e-7)
+
+
+class _Loop:
+    """All that the loop needs around a learner: made-up batches and accuracies, and nowhere to send weights."""
+
+    ACCURACIES: ClassVar = {0: 0.1, 2: 0.9, 4: 0.5, 5: 0.85}
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+        self.rows: dict[int, dict[str, float]] = {}
+        self.saved: list[History] = []
+
+    def batch(self, step: int) -> Batch:
+        return make_batch(step)
+
+    def evaluate(self, version: int) -> Evaluation:
+        return Evaluation(version, {"eval/accuracy": self.ACCURACIES[version]})
+
+    def published(self, version: int) -> None:
+        assert version == self.learner.step
+
+    def publish(self, version: int) -> dict[str, float]:
+        return {"sync/version": version}
+
+    def save_if_due(self, cursor: int) -> None:
+        self.saved.append(self.learner.history)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.rows[step] = dict(metrics)
+
+
+def test_the_loop_tells_the_guard_of_every_evaluation_before_the_checkpoint(
+    folder: Path, groups: ParallelGroups
+) -> None:
+    overrides = ("steps=5", "evaluation.every=2", "guard.signal=accuracy", "guard.damping=0.5")
+    config = make_config(folder / "llama", overrides)
+    around = _Loop(make_learner(config, groups))
+    train(config, around, around.learner, cast("Publisher", around), around, around)
+    assert [history.accuracies for history in around.saved] == [
+        *((0.1,), (0.1, 0.9), (0.1, 0.9), (0.1, 0.9, 0.5), (0.1, 0.9, 0.5, 0.85)),
+    ]
+    rewards = [sum(s.reward for s in make_batch(step).samples) / 9 for step in range(5)]
+    assert list(around.saved[-1].rewards) == pytest.approx(rewards)
+    assert around.rows[0] == {"eval/accuracy": 0.1}
+    assert [around.rows[step]["optim/guard"] for step in range(1, 6)] == [1.0, 1.0, 1.0, 1.0, 0.5]
 
 
 def test_a_teacher_that_follows_each_optimizer_step_has_followed_them_all(folder: Path, groups: ParallelGroups) -> None:

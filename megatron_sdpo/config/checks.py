@@ -14,6 +14,7 @@ _AT_LEAST = {
         *("rollout.prompts_per_step", "rollout.attempts_per_prompt", "rollout.max_new_tokens"),
         *("rollout.verify_workers", "teacher_context.max_prompt_tokens"),
         *("checkpoint.every", "checkpoint.keep", "evaluation.attempts", "evaluation.questions"),
+        *("guard.reward_window", "guard.accuracy_window"),
     ),
     0: (
         *("engine.port", "rollout.max_staleness", "evaluation.every", "evaluation.temperature"),
@@ -32,6 +33,8 @@ _FROM_0_TO_1 = (
     "teacher.update_rate",
     "teacher.mixture",
     "optim.min_lr_ratio",
+    "guard.drop",
+    "guard.damping",
 )
 
 
@@ -88,6 +91,7 @@ def check(config: Config) -> None:
         )
     _check_objective(config.objective)
     _check_teacher_context(config.teacher_context)
+    _check_guard(config)
 
 
 def _check_objective(objective: ObjectiveConfig) -> None:
@@ -142,4 +146,16 @@ def _check_teacher_context(context: TeacherContextConfig) -> None:
         raise ConfigError(
             f"teacher_context.too_long={context.too_long} cuts a section that is never shown; set"
             " teacher_context.too_long to shorten or drop"
+        )
+
+
+def _check_guard(config: Config) -> None:
+    """Refuse to watch what is not there."""
+    signal = config.guard.signal
+    if signal in ("reward", "both") and config.objective.kind == "next_token":
+        raise ConfigError(f"guard.signal={signal} watches rewards, which kind next_token has not; set guard.signal=off")
+    if signal in ("accuracy", "both") and not config.evaluation.every:
+        raise ConfigError(
+            f"guard.signal={signal} watches the held-out accuracy, which evaluation.every=0 never measures;"
+            " set evaluation.every to 1 or more"
         )

@@ -222,6 +222,22 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GuardConfig:
+    """Damps training while it makes the model worse (guard.py)."""
+
+    signal: Literal["off", "reward", "accuracy", "both"] = "off"
+    """reward: of the generation batches; accuracy: of the evaluations; both: damped while either is down."""
+    drop: float = 0.1
+    """How far below its best a signal must lie."""
+    damping: float = 0.1
+    """What the learning rate and an EMA teacher's update rate are then multiplied by."""
+    reward_window: int = 5
+    """Generation batches over which the reward is averaged."""
+    accuracy_window: int = 1
+    """Evaluations over which the accuracy is averaged."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PublishConfig:
     """How trained weights reach the engines."""
 
@@ -282,6 +298,7 @@ class Config:
     teacher: TeacherConfig = TeacherConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
+    guard: GuardConfig = GuardConfig()
     publish: PublishConfig = PublishConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_sdpo.config import ConfigError
+from megatron_sdpo.guard import History
 from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.mcore.model import HiddenStatesModel
 from megatron_sdpo.rollout import lifeline
@@ -60,6 +61,7 @@ def save(learner: Learner, folder: Path, cursor: int, keep: int) -> Path:
     _on_first_rank(learner, prepare)
     state = _tensors(learner, loading=False)
     state["progress"] = {"step": learner.step, "cursor": cursor}
+    state["history"] = asdict(learner.history)
     state["world_size"] = learner.groups.world_size
     _save(state, str(temporary))
 
@@ -75,7 +77,7 @@ def save(learner: Learner, folder: Path, cursor: int, keep: int) -> Path:
 
 
 def load_latest(learner: Learner, folder: Path) -> Resumed | None:
-    """Load the newest complete checkpoint into model, optimizer, teacher and generators; None when there is none.
+    """Load the newest complete checkpoint into model, optimizer, teacher, guard and generators; None without one.
 
     The layout may have changed since. Generator states belong to ranks: in a world of another size they stay as the
     seed set them.
@@ -98,6 +100,7 @@ def load_latest(learner: Learner, folder: Path) -> Resumed | None:
         torch.set_rng_state(state["rng"])
     progress = Resumed(**state["progress"])
     learner.step = progress.step
+    learner.history = History(**state["history"])
     return progress
 
 

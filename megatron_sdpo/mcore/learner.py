@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sdpo import batching, objective
+from megatron_sdpo import batching, guard, objective
 from megatron_sdpo.batching import MicroBatch, View
 from megatron_sdpo.config import Config
 from megatron_sdpo.divergence import entropy, sampled_log_probs, student_support, support_log_probs
@@ -48,6 +48,9 @@ class Learner:
             TeacherWeights(optim.masters(self.model), "frozen") if config.objective.kl_coefficient else None
         )
         self.step = 0
+        self.history = guard.History()
+        """What the collapse guard has seen; the same on every rank, as batches and evaluations are."""
+        self._damping = 1.0
 
     def score_student(self, batch: Batch) -> StudentScores:
         """Forward only: log-probs of the sampled tokens before this batch's first step, and the top-K support.
@@ -136,18 +139,24 @@ class Learner:
         A number that is not finite raises NonFiniteError on all ranks, before the optimizer step that it would enter.
         """
         finite.check_scores(batch, student, teacher, self.groups)
-        rate = optim.learning_rate(self.config.optim, self.step, self.config.steps)
+        self.history = self.history.with_reward(sum(s.reward for s in batch.samples) / len(batch.samples))
+        self._damping = guard.factor(self.history, self.config.guard)
+        rate = self._damping * optim.learning_rate(self.config.optim, self.step, self.config.steps)
         optim.set_rates(self.optimizer, rate, self.config.optim.weight_decay)
         found = [self._optimizer_step(batch, chosen, student, teacher) for chosen in self._mini_batches(batch)]
         self.step += 1
         columns = {key: [metrics[key] for metrics in found] for key in found[0]}
         totals = {key: max(c) if key.endswith("/max") else sum(c) / len(c) for key, c in columns.items()}
-        return {**totals, "optim/lr": rate}
+        return {**totals, "optim/lr": rate, "optim/guard": self._damping}
 
     def update_teacher(self) -> None:
         """Once per generation batch; the teacher may have followed each optimizer step instead."""
         if self.config.teacher.update_every == "generation_batch":
-            self.teacher.update(optim.masters(self.model))
+            self.teacher.update(optim.masters(self.model), self._damping)
+
+    def evaluated(self, accuracy: float) -> None:
+        """The held-out accuracy of the current version, for the collapse guard."""
+        self.history = self.history.with_accuracy(accuracy)
 
     def log_probs(self, ids: Sequence[int]) -> list[float]:
         """Natural log-probs of ``ids[1:]``, each given those before it, under the current weights; on every rank."""
@@ -200,7 +209,7 @@ class Learner:
         finite.check_step(batch, chosen, micro_batches, losses, grad_norm, self.groups)
         self.optimizer.step()
         if self.config.teacher.update_every == "optimizer_step":
-            self.teacher.update(optim.masters(self.model))
+            self.teacher.update(optim.masters(self.model), self._damping)
         return {**self._reduce(reports), "optim/grad_norm": grad_norm}
 
     def _numbers(self, samples: Sequence[Sample], chosen: Sequence[int]) -> SampleNumbers:
