@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from megatron_sdpo.tasks.minipipe import (
 from megatron_sdpo.tasks.minipipe_corpus import MIXTURE, documents, teacher_content
 from megatron_sdpo.tasks.minipipe_language import ALL_NAMES, OPERATIONS, Machine, Step, question_text, run
 from megatron_sdpo.teacher_context import build_contexts
-from megatron_sdpo.types import Attempt, Group, Message, Verdict
+from megatron_sdpo.types import Attempt, Group, Message, Question, Verdict
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "megatron_sdpo" / "data" / "minipipe-base"
@@ -148,6 +149,19 @@ def test_held_out_sequences_are_not_trained_on() -> None:
     assert len(set(ids)) == 680
 
 
+def test_another_question_seed_asks_nothing_that_the_standard_set_holds_out() -> None:
+    def sequences(questions: Sequence[Question]) -> set[tuple[str, ...]]:
+        return {sequence(payload_steps(question)) for question in questions}
+
+    other = MiniPipe(question_seed=100)
+    train, held_out = sequences(other.train_questions()), sequences(other.eval_questions())
+    assert (len(train), len(held_out)) == (600, 80)
+    assert not train & held_out
+    assert not (train | held_out) & sequences(TASK.eval_questions())
+    assert held_out != sequences(MiniPipe(question_seed=101).eval_questions())
+    assert TASK.eval_questions() == MiniPipe(question_seed=0).eval_questions()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -158,6 +172,7 @@ def test_held_out_sequences_are_not_trained_on() -> None:
         ({"max_ops": 99}, "max_ops"),
         ({"eval_size": 0}, "eval_size"),
         ({"max_ops": 2}, "too few for 680"),
+        ({"max_ops": 2, "train_size": 20, "eval_size": 30, "question_seed": 1}, "too few for 80"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict, words: str) -> None:

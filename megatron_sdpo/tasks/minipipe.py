@@ -54,25 +54,33 @@ class MiniPipe:
     min_ops: int = 2
     max_ops: int = 4
     """Shortest and longest question, in operations."""
+    question_seed: int = 0
+    """Which questions, held out and trained on. 0 is the standard set; no other seed asks a sequence that set 0 of
+    the same sizes holds out, so settings chosen there have not seen what they are judged by."""
     questions: str | None = None
     """A JSON-lines file (tasks/jsonl.py) of training questions to use instead of drawn ones; the payload is
     ``{"operations": [["gt", 2], ["sum", null]]}``."""
 
     def __post_init__(self) -> None:
         self._check_options()
-        held_out = drawn_questions(EVAL_SEED, self.eval_size, self.min_ops, self.max_ops)
-        held_out_sequences = {sequence(steps) for steps in held_out}
+        sizes = (self.eval_size, self.min_ops, self.max_ops)
+        held_out = drawn_questions(EVAL_SEED, *sizes)
+        never_trained = {sequence(steps) for steps in held_out}
+        if self.question_seed:
+            held_out = drawn_questions(EVAL_SEED + self.question_seed, *sizes, never_trained)
+            never_trained |= {sequence(steps) for steps in held_out}
 
         def check(question: Question) -> None:
-            if sequence(payload_steps(question)) in held_out_sequences:
+            if sequence(payload_steps(question)) in never_trained:
                 raise ConfigError("its operations are those of a held-out question; remove the line")
 
         if self.questions is None:
-            drawn = drawn_questions(TRAIN_SEED, self.train_size, self.min_ops, self.max_ops, held_out_sequences)
+            seed = TRAIN_SEED + self.question_seed
+            drawn = drawn_questions(seed, self.train_size, self.min_ops, self.max_ops, never_trained)
             train = tuple(as_question(f"train/{i}", steps) for i, steps in enumerate(drawn))
         else:
             train = read_questions(self.questions, check)
-        assert held_out_sequences.isdisjoint(sequence(payload_steps(q)) for q in train)
+        assert never_trained.isdisjoint(sequence(payload_steps(q)) for q in train)
         self.machine = Machine.drawn(self.machine_seed, self.ranks, self.index_base)
         self._train = train
         self._eval = tuple(as_question(f"eval/{i}", steps) for i, steps in enumerate(held_out))
@@ -89,7 +97,8 @@ class MiniPipe:
             )
         if self.train_size < 1 or self.eval_size < 1:
             raise ConfigError("MiniPipe's train_size and eval_size must be at least 1")
-        wanted = self.eval_size + (self.train_size if self.questions is None else 0)
+        held_out = self.eval_size * (2 if self.question_seed else 1)
+        wanted = held_out + (self.train_size if self.questions is None else 0)
         available = sequences(self.min_ops, self.max_ops)
         if wanted > available // 2:  # drawing the last rare ones would take long
             raise ConfigError(
