@@ -162,13 +162,28 @@ class Cells:
     def _wait(self, command: Sequence[str], output: int) -> int:
         if self._stopping.is_set():
             raise Stopped
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=self._environment(),
+            start_new_session=True,  # the terminal's Ctrl-C is this process's to pass on
+        )
         self._running.add(process)
+        if self._stopping.is_set():  # while it was started
+            process.terminate()
         try:
             return process.wait()
         finally:
             self._running.discard(process)
+
+    def _environment(self) -> dict[str, str]:
+        """Byte code is kept in the work folder: where Python is told to write none, each of a run's processes compiles
+        its imports anew."""
+        kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        own = {"PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(self._work.resolve() / "bytecode")}
+        return {"OMP_NUM_THREADS": "1"} | kept | own
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
