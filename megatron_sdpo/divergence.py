@@ -261,8 +261,8 @@ def _value_and_slope(
         advantage_TB = log_ratio_TB if advantage_bounds is None else log_ratio_TB.clamp(*advantage_bounds)
         return (q_minus_p_TB - p_TB * log_ratio_TB).sum(dim=1), -p_TB * advantage_TB
     # The shares that the smaller and the larger of p and q have in m.
-    smaller_TB = torch.where(teacher_higher_TB, 1.0 - alpha, alpha)
-    larger_TB = torch.where(teacher_higher_TB, alpha, 1.0 - alpha)
+    smaller_TB = torch.full_like(log_p_TB, alpha).masked_fill_(teacher_higher_TB, 1.0 - alpha)
+    larger_TB = torch.full_like(log_p_TB, 1.0 - alpha).masked_fill_(teacher_higher_TB, alpha)
     log_m_over_larger_TB = torch.where(
         shrink_TB > -0.5,
         torch.log1p(smaller_TB * shrink_TB),  # accurate where p and q are close
