@@ -20,6 +20,8 @@ TOKENS, VOCABULARY, WORLD = 6, 32, 4
 SIZES = (1, 2, 4)
 ALPHAS = (0.0, 0.25, 0.5, 1.0)
 SUPPORTS = (1, 20, VOCABULARY - 1)
+PADDING = torch.arange(VOCABULARY // 2, VOCABULARY)
+"""Columns that do not exist: of 2 or 4 shards the upper half."""
 CASES = list(itertools.product(ALPHAS, SUPPORTS, (True, False)))
 
 
@@ -71,7 +73,15 @@ def worker(rank: int, folder: str) -> None:
         leaf_TV = student_TV.clone().requires_grad_()
         values_T = dv.sampled_log_probs(leaf_TV, torch.arange(TOKENS) * 5, group)
         graphs[size, "sampled"] = values_T, leaf_TV
-        padded_TV = logits(0).index_fill(1, torch.arange(VOCABULARY // 2, VOCABULARY), -torch.inf)[:, columns]
+        padded_TV = logits(0).index_fill(1, PADDING, -torch.inf)[:, columns]
+        leaf_TV = padded_TV.clone().requires_grad_()
+        teacher_TV = logits(1).index_fill(1, PADDING, -torch.inf)[:, columns]
+        ids_TK = dv.student_support(padded_TV, 5, group)
+        teacher_TB = dv.support_log_probs(teacher_TV, ids_TK, group, with_tail=True)
+        binned_T = dv.divergence(leaf_TV, ids_TK, teacher_TB, 0.5, True, group)
+        both_T = binned_T + dv.full_divergence(leaf_TV, teacher_TV, 0.5, group)
+        results[size, "padding"] = {"values": both_T.detach()}
+        graphs[size, "padding"] = both_T, leaf_TV
         results[size, "sampled"] = {
             "values": values_T.detach(),
             "entropy": dv.entropy(student_TV, group),
@@ -191,6 +201,22 @@ def test_shards_match_for_sampled_tokens_entropy_padding_ties_and_no_tokens(
             assert mine["empty"].shape == (0,)
         shards_TV = torch.cat([ranks[rank][size, "sampled"]["gradient"] for rank in group], dim=1)
         torch.testing.assert_close(shards_TV.double(), grad_TV, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_shards_of_padding_alone_are_as_if_absent(ranks: list[dict[Any, Any]], size: int) -> None:
+    half = VOCABULARY // 2
+    student_TV, teacher_TV = logits(0)[:, :half], logits(1)[:, :half]
+    ids_TK = naive.support(student_TV, 5)
+    binned_T, binned_TV = naive.divergence_and_gradient(student_TV, teacher_TV, ids_TK, 0.5, True, weights())
+    full_T, full_TV = full_oracle(student_TV, teacher_TV, 0.5)
+    for group in members(size):
+        for rank in group:
+            mine_T = ranks[rank][size, "padding"]["values"]
+            torch.testing.assert_close(mine_T.double(), binned_T + full_T, rtol=1e-5, atol=1e-6)
+        shards_TV = torch.cat([ranks[rank][size, "padding"]["gradient"] for rank in group], dim=1)
+        torch.testing.assert_close(shards_TV[:, :half].double(), binned_TV + full_TV, rtol=1e-4, atol=1e-6)
+        assert torch.equal(shards_TV[:, half:], torch.zeros(TOKENS, half))
 
 
 # -------------------------------------------------------------------------------- whole vocabulary
