@@ -6,6 +6,7 @@ itself within 30 s, name the role and leave no process behind; the same command 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_sdpo.tracking import read_metrics
-from megatron_sdpo.types import Group
+from megatron_sdpo.types import Batch, Group
 
 STEPS = 8
 ROLES = {"engine-0": "rollout.engine_main", "coordinator": "launch.coordinator", "trainer": "launch.trainer"}
@@ -202,3 +203,25 @@ def test_two_engines_behind_the_router(tmp_path: Path) -> None:
     assert json.loads((run_dir / "config.json").read_text())["engine"]["count"] == 2
     served = [(run_dir / "logs" / f"engine-{i}.log").stat().st_size for i in range(2)]
     assert min(served) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_weights_that_leave_the_numbers_end_the_run_with_their_batch(tmp_path: Path) -> None:
+    """The first of two optimizer steps is so long that the second sees no numbers."""
+    run_dir = tmp_path / "run"
+    run = start(run_dir, "optim.mini_batches=2", "optim.lr=1e30", "evaluation.every=0")
+    try:
+        assert run.wait(300) == 1, run.errors.read_text()
+    finally:
+        run.kill()
+    kept, message = run_dir / "failures" / "step-00000000.msgpack", run.errors.read_text()
+    assert message.startswith("error: trainer ended with exit code 1") and "Traceback" not in message
+    sentence = message.splitlines()[1]
+    named = re.match(
+        r"training stopped at step 0, before an optimizer step: the loss of the micro-batch of samples (0/\d+/\d+),",
+        sentence,
+    )
+    assert sentence.endswith(f"as before that step; the batch is in {kept}")
+    batch = msgspec.msgpack.decode(kept.read_bytes(), type=Batch)
+    assert len(batch.samples) == 128 and named is not None and named[1] in {sample.id for sample in batch.samples}
