@@ -21,7 +21,7 @@ Curve = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One finished cell. ``commit`` is the code that ran it; ``seconds`` is wall time on a machine that was shared."""
+    """One finished cell. ``commit`` is the code that ran it; ``seconds`` is the wall time of its last start."""
 
     phase: Literal["tuning", "final"]
     arm: str

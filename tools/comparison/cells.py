@@ -1,5 +1,6 @@
 """Cells: one training run each, in its own directory, by the command line; finished ones are never run again."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -130,11 +131,12 @@ class Cells:
         return Ended(**{**told, "overrides": tuple(told["overrides"]), "curve": curve})
 
     def _run(self, name: str, overrides: Overrides) -> Ended:
-        folder = self._work / name
+        folder, run_dir = self._work / name, self._work / name / "run"
+        self._wait_for_orphan(run_dir)
         self._forget_other_code(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
         (folder / "commit").write_text(self._commit)
-        run_dir, began = folder / "run", time.perf_counter()
+        began = time.perf_counter()
         with (folder / "output.txt").open("ab") as output:
             position = output.tell()
             code = self._wait(_command(run_dir, overrides), output.fileno())
@@ -153,6 +155,17 @@ class Cells:
         temporary.replace(folder / "cell.json")
         return ended
 
+    def _wait_for_orphan(self, run_dir: Path) -> None:
+        """A run outlives a tool that was killed outright, and holds its directory until it ends."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with (run_dir / "lock").open("a") as lock:
+            while not self._stopping.is_set():
+                try:
+                    return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self._stopping.wait(1.0)
+        raise Stopped
+
     def _forget_other_code(self, folder: Path) -> None:
         """A cell is one commit's: what another one has begun is started over."""
         began_by = folder / "commit"
@@ -160,8 +173,6 @@ class Cells:
             shutil.rmtree(folder)
 
     def _wait(self, command: Sequence[str], output: int) -> int:
-        if self._stopping.is_set():
-            raise Stopped
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -171,13 +171,13 @@ def _figure(record: Record) -> Figure:
         left.plot(drawn.generations, drawn.mean, color=colour, marker="o", markersize=3.5, linewidth=1.8, label=arm)
         left.fill_between(drawn.generations, drawn.low, drawn.high, color=colour, alpha=0.15, linewidth=0)
     left.set_ylim(-0.02, 1.02)
-    left.set_xlim(0, record.grid[-1])
+    left.set_xlim(0, record.grid[-1] * 1.01)
     left.set_xlabel("generations")
     left.set_title(
         f"Held-out accuracy: mean and range of {len(seeds)} seeds" if len(seeds) > 1 else "Held-out accuracy, one seed"
     )
-    left.legend(loc="lower right")
     _levels(right, record)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=4)
     figure.suptitle(record.title, fontsize=12, x=0.01, ha="left")
     return figure
 
