@@ -35,8 +35,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 1 << 24
-"""Logits whose wide copies are alive at one time: whole rows, about 20 bytes of each (80 in ``full_divergence``)."""
+BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Logits, in whole rows, whose wide copies are alive at one time: 20 bytes of each, 80 in ``full_divergence``.
+
+So many that a GPU is busy; so few that a CPU keeps them in its caches.
+"""
 
 LOG_FLOOR = -1e4
 """A bin without any mass counts as e^-10000, so that every difference of logs is finite."""
@@ -181,12 +184,15 @@ class _BinLogProbs(torch.autograd.Function):
         share_TB = grad_TB - log_probs_TB.exp() * grad_TB.sum(dim=1, keepdim=True)
         tail_T1 = torch.where(tail_T.isinf(), 0.0, tail_T)[:, None]  # an empty tail: exp(-inf - 0) is 0
         grad_TV = torch.empty_like(logits_TV)
+        # A wide gradient is made where it stays.
+        scratch_CV = None if grad_TV.dtype == share_TB.dtype else _scratch(logits_TV)
         blocks = _row_blocks(grad_TV, logits_TV, ids_TK, tail_T1, share_TB)
         for out_TV, rows_TV, rows_TK, rows_T1, rows_TB in blocks:
             local_TK, owned_TK = _locate(rows_TK, rows_TV.shape[1], ctx.first_id)
-            wide_TV = _outside(rows_TV, local_TK, owned_TK).sub_(rows_T1).exp_().mul_(rows_TB[:, -1:])
-            wide_TV.scatter_add_(1, local_TK, rows_TB[:, :-1].masked_fill(~owned_TK, 0.0))
-            out_TV.copy_(wide_TV)
+            wide_TV = out_TV if scratch_CV is None else scratch_CV[: len(out_TV)]
+            torch.sub(rows_TV, rows_T1, out=wide_TV)
+            torch.mul(_without(wide_TV, local_TK, owned_TK).exp_(), rows_TB[:, -1:], out=out_TV)
+            out_TV.scatter_add_(1, local_TK, rows_TB[:, :-1].masked_fill(~owned_TK, 0.0).to(out_TV.dtype))
         return grad_TV, None, None, None
 
 
@@ -197,10 +203,13 @@ def bin_log_probs(logits_TV: Tensor, ids_TK: Tensor, group: dist.ProcessGroup | 
     One MAX and one SUM all-reduce, of T and T * (K + 1) numbers.
     """
     first_id = _first_id(logits_TV.shape[1], group)
-    tails, kept = [], []
+    tails, kept, scratch_CV = [], [], _scratch(logits_TV)
     for rows_TV, rows_TK in _row_blocks(logits_TV, ids_TK):
         local_TK, owned_TK = _locate(rows_TK, rows_TV.shape[1], first_id)
-        tails.append(_outside(rows_TV, local_TK, owned_TK).logsumexp(dim=1))
+        wide_TV = _without(scratch_CV[: len(rows_TV)].copy_(rows_TV), local_TK, owned_TK)
+        top_T1 = wide_TV.amax(dim=1, keepdim=True)
+        top_T1 = torch.where(top_T1.isinf(), 0.0, top_T1)
+        tails.append(wide_TV.sub_(top_T1).exp_().sum(dim=1).log() + top_T1[:, 0])
         kept.append(_widen(rows_TV.gather(1, local_TK)).masked_fill(~owned_TK, 0.0))
     tail_T, kept_TK = torch.cat(tails), torch.cat(kept)
     top_T = _all_reduce(tail_T, dist.ReduceOp.MAX, group)
@@ -211,9 +220,8 @@ def bin_log_probs(logits_TV: Tensor, ids_TK: Tensor, group: dist.ProcessGroup | 
     return torch.cat([packed_TB[:, :-1], tail_T[:, None]], dim=1).log_softmax(dim=1), tail_T
 
 
-def _outside(logits_TV: Tensor, local_TK: Tensor, owned_TK: Tensor) -> Tensor:
-    """A wide copy of the logits with -inf at the owned ids, which leaves the tail."""
-    wide_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32), copy=True)
+def _without(wide_TV: Tensor, local_TK: Tensor, owned_TK: Tensor) -> Tensor:
+    """The tail: writes -inf at the owned ids."""
     # Added, not assigned: an id of another shard then adds zero wherever it was clamped to.
     mask_TK = torch.zeros_like(local_TK, dtype=wide_TV.dtype).masked_fill(owned_TK, -torch.inf)
     return wide_TV.scatter_add_(1, local_TK, mask_TK)
@@ -372,9 +380,20 @@ def _widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _rows(logits_TV: Tensor) -> int:
+    """Rows of a block."""
+    return max(1, BLOCK["cpu" if logits_TV.is_cpu else "cuda"] // max(1, logits_TV.shape[1]))
+
+
+def _scratch(logits_TV: Tensor) -> Tensor:
+    """Room for the wide copy of one block, to be used again for the next."""
+    dtype = torch.promote_types(logits_TV.dtype, torch.float32)
+    return torch.empty(_rows(logits_TV), logits_TV.shape[1], dtype=dtype, device=logits_TV.device)
+
+
 def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each tensor, of the widest at most ``BLOCK`` numbers; one empty block when there are none."""
-    rows = max(1, BLOCK // max(x[0].numel() if len(x) else 1 for x in tensors))
+    """The same rows of each tensor, the first of which is logits; one empty block when there are none."""
+    rows = _rows(tensors[0])
     return zip(*(x.detach().split(rows) for x in tensors), strict=True)
 
 

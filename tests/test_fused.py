@@ -240,7 +240,7 @@ CHUNK_TENSORS = {"vocabulary": 3, "hybrid": 4}
 def test_no_more_than_a_chunk_is_ever_alive(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each token of a chunk costs its logits and their gradient, each other token none, forward and backward."""
     tokens, vocabulary = 48, 3000
-    monkeypatch.setattr(dv, "BLOCK", vocabulary)  # wide copies of one row
+    monkeypatch.setitem(dv.BLOCK, "cpu", vocabulary)  # wide copies of one row
     case, logits = make_case(tokens, vocabulary), 4 * tokens * vocabulary
     few, many = (peak(lambda chunk=chunk: fused(case, CONFIGS[name], chunk)) for chunk in (4, 20))
     assert (many - few) / (4 * 16 * vocabulary) == pytest.approx(CHUNK_TENSORS.get(name, 2), abs=0.05)
@@ -250,7 +250,7 @@ def test_no_more_than_a_chunk_is_ever_alive(name: str, monkeypatch: pytest.Monke
 
 
 def test_no_more_than_a_chunk_is_alive_for_the_divergence_of_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dv, "BLOCK", 3000)
+    monkeypatch.setitem(dv.BLOCK, "cpu", 3000)
     case = make_case(48, 3000)
     few, many = (peak(lambda chunk=chunk: per_token(case, chunk, 0.5, True)) for chunk in (4, 20))
     assert (many - few) / (4 * 16 * 3000) == pytest.approx(2, abs=0.05)

@@ -161,7 +161,6 @@ class Learner:
     def log_probs(self, ids: Sequence[int]) -> list[float]:
         """Natural log-probs of ``ids[1:]``, each given those before it, under the current weights; on every rank."""
         probe = batching.pack([(0, ids[:1], ids[1:])], self.device)
-
         found, _ = self._score([probe], self._of_sampled, temperature=1.0)
         return self._from_last_stage(found[0].tolist() if found else None)
 
