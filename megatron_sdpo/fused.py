@@ -99,6 +99,11 @@ def fused_divergence(
     Where the sum over tokens is all that is wanted, ``fused_loss`` is cheaper by a matrix product. The backward
     pass makes no collective but the sum of the hidden states' gradient. Errors as ``divergence``.
     """
+    if not len(hidden_TH) == len(ids_TK) == len(teacher_log_probs_TK):
+        raise ValueError(
+            f"shapes do not fit: hidden states {tuple(hidden_TH.shape)}, ids {tuple(ids_TK.shape)}, teacher log-probs"
+            f" {tuple(teacher_log_probs_TK.shape)}; each needs a row for every token"
+        )
     head = Head(head_VH, temperature, group, chunk)
 
     def values(logits_CV: Tensor, rows: slice, bins: tuple[Tensor, Tensor]) -> Tensor:

@@ -234,8 +234,6 @@ def loss(
     same for every micro-batch of a run; in the hybrid a token without a target adds nothing to SDPO's sums.
     ``ValueError`` when ``targets`` lacks what the kind needs.
     """
-    if logits_TV.shape[0] != targets.response_ids_T.shape[0]:
-        raise ValueError(f"{logits_TV.shape[0]} rows of logits but {targets.response_ids_T.shape[0]} response tokens")
     return _weighted_sum(*_kept(logits_TV, targets, _counted(targets, config)), config, group)
 
 
@@ -263,6 +261,8 @@ def _counted(targets: TokenTargets, config: ObjectiveConfig) -> Tensor:
 
 def _kept(rows_T: Tensor, targets: TokenTargets, kept_T: Tensor) -> tuple[Tensor, TokenTargets]:
     """The rows where ``kept_T`` is True, of logits or hidden states; nothing is copied when that is all."""
+    if len(rows_T) != len(kept_T):
+        raise ValueError(f"{len(rows_T)} rows of logits or hidden states but {len(kept_T)} response tokens")
     if bool(kept_T.all()):
         return rows_T, targets
     index_L = kept_T.nonzero()[:, 0]

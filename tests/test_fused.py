@@ -197,6 +197,16 @@ def test_gradients_are_handed_out_once() -> None:
         loss.backward()
 
 
+def test_rows_that_do_not_fit_are_refused() -> None:
+    case, head = make_case(), Head(make_case().weight_VH)
+    targets = case.targets
+    assert targets.support_ids_TK is not None and targets.teacher_log_probs_TK is not None
+    with pytest.raises(ValueError, match="11 rows of logits or hidden states but 12 response tokens"):
+        objective.loss_of_hidden(case.hidden_TH[1:], head, targets, ObjectiveConfig())
+    with pytest.raises(ValueError, match="each needs a row for every token"):
+        fused_divergence(case.hidden_TH[1:], case.weight_VH, targets.support_ids_TK, targets.teacher_log_probs_TK, 0.5)
+
+
 def test_a_bf16_head_accumulates_in_fp32() -> None:
     """Ones in every place: a bf16 sum of single tokens stays at 256, where the next number is 258."""
     hidden_TH = torch.ones(512, HIDDEN, dtype=torch.bfloat16, requires_grad=True)

@@ -415,5 +415,5 @@ def test_missing_targets_are_refused(kind: Any, field: str) -> None:
     logits_TV, targets = random_batch(3)
     with pytest.raises(ValueError, match=f"objective kind {kind} needs targets.{field}"):
         loss(logits_TV, dataclasses.replace(targets, **{field: None}), ObjectiveConfig(kind=kind))
-    with pytest.raises(ValueError, match="2 rows of logits but 3 response tokens"):
+    with pytest.raises(ValueError, match="2 rows of logits or hidden states but 3 response tokens"):
         loss(logits_TV[:2], targets, ObjectiveConfig(kind=kind))
