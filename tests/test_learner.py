@@ -84,7 +84,14 @@ def _check_case(folder: Path, single: Path, layout: str, case: str) -> None:
     _check_weights(*(load_file(path / "model.safetensors") for path in (folder / layout / case, single / case, before)))
 
 
-@pytest.mark.parametrize("layouts", [("tp2pp1dp1", "tp1pp2dp1", "tp1pp1dp2"), ("tp2pp2dp1",)], ids=["2", "4"])
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        pytest.param(("tp2pp1dp1", "tp1pp2dp1", "tp1pp1dp2"), id="2"),
+        pytest.param(("tp2pp2dp1",), id="4"),
+        pytest.param(("tp2pp1dp2", "tp1pp2dp2"), id="4-data", marks=pytest.mark.slow),
+    ],
+)
 def test_every_layout_trains_like_one_process(folder: Path, single: Path, layouts: tuple[str, ...]) -> None:
     ranks = math.prod(int(digit) for digit in layouts[0] if digit.isdigit())
     run_ranks("dist_learner.py", ranks, [str(folder), *layouts], timeout=200)
