@@ -31,8 +31,8 @@ def compare(name: str, experiment: Experiment, seeds: Sequence[int], cells: Cell
     }
     finals = {
         (arm.name, seed): final_overrides(experiment, arm, chosen[arm.algorithm.name], seed)
+        for seed in seeds  # the outer loop: what is stopped has whole seeds
         for arm in experiment.arms
-        for seed in seeds
     }
     print(f"{name}: {len(finals)} final runs", flush=True)
     ended = cells.run({f"{arm}, seed {seed}": overrides for (arm, seed), overrides in finals.items()})

@@ -29,6 +29,7 @@ from megatron_sdpo.tracking import read_metrics
 from recipes import recipe
 
 ROOT = Path(__file__).parents[2]
+EXECUTED = ("megatron_sdpo", "recipes")
 NICENESS = 19
 PATIENCE = (
     "engine.start_timeout_s=3000",
@@ -78,9 +79,9 @@ def cell_name(overrides: Overrides) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit; ``+changes`` is appended when files that a run uses differ from it."""
-    head = _git("rev-parse", "HEAD")
-    return head + ("+changes" if _git("status", "--porcelain", "--", "megatron_sdpo", "recipes") else "")
+    """The commit that last changed what a run executes; ``+changes`` is appended when the files differ from it."""
+    changed = _git("status", "--porcelain", "--", *EXECUTED)
+    return _git("log", "-1", "--format=%H", "--", *EXECUTED) + ("+changes" if changed else "")
 
 
 class Cells:

@@ -99,8 +99,7 @@ _STD = "objective.advantage_std=true"
 _SDPO_GRID = (*map(_settings, ("1e-3", "2e-3", "4e-3")), _settings("5e-4", 4), _settings("1e-3", 4))
 _GRPO_GRID = (
     *map(_settings, ("5e-4", "1e-3", "2e-3")),
-    _settings("1e-3", 1, _STD),
-    *(_settings(lr, 4) for lr in ("2.5e-4", "5e-4")),
+    *(_settings(lr, 4) for lr in ("5e-4", "1e-3")),
     _settings("5e-4", 4, _STD),
 )
 SDPO = Algorithm("SDPO", ("objective.kind=sdpo",), _SDPO_GRID)
