@@ -98,7 +98,7 @@ def _settings(lr: str, mini_batches: int = 1, *more: str) -> Overrides:
 _STD = "objective.advantage_std=true"
 _SDPO_GRID = (*map(_settings, ("1e-3", "2e-3", "4e-3")), _settings("5e-4", 4), _settings("1e-3", 4))
 _GRPO_GRID = (
-    *map(_settings, ("5e-4", "1e-3", "2e-3")),
+    *map(_settings, ("5e-4", "1e-3", "2e-3", "4e-3")),
     *(_settings(lr, 4) for lr in ("5e-4", "1e-3")),
     _settings("5e-4", 4, _STD),
 )
