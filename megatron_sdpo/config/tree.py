@@ -186,6 +186,11 @@ class ObjectiveConfig:
         return self.kind in ("grpo", "hybrid")
 
     @property
+    def weighs_by_confidence(self) -> bool:
+        """The teacher's entropy at each token is needed."""
+        return self.has_teacher and self.sample_weighting == "teacher_confidence"
+
+    @property
     def kept_tokens(self) -> int:
         """Student tokens kept per position."""
         return 1 if self.credit == "token" else self.top_k

@@ -24,7 +24,8 @@ from megatron_sdpo.mcore.forward import forward_backward, score
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import load_hf
 from megatron_sdpo.mcore.model import build_model
-from megatron_sdpo.mcore.scores import SampleNumbers, StudentScores, TeacherScores, TeacherStates
+from megatron_sdpo.mcore.scores import StudentScores, TeacherScores, TeacherStates
+from megatron_sdpo.mcore.targets import Targets
 from megatron_sdpo.teacher import TeacherWeights, mixed_logits
 from megatron_sdpo.types import Batch, Sample
 
@@ -39,6 +40,7 @@ class Learner:
         self.config, self.groups = config, groups
         self.device = platform.device()
         self.hf_config = read_hf_config(config.model.path)
+        self.targets = Targets(config, self.hf_config["hidden_size"], self.device)
         self.model = build_model(self.hf_config, config.layout, groups, getattr(torch, config.model.dtype))
         load_hf(self.model, config.model.path, groups, config.layout)
         self.ddp, self.optimizer = optim.wrap(self.model, config.optim)
@@ -77,7 +79,7 @@ class Learner:
         """Forward only, under the teacher's weights and contexts: log-probs at the support."""
         if not self.config.objective.has_teacher:
             return TeacherScores({})
-        _, has_target = self._have_targets(batch.samples)
+        _, has_target = self.targets.have_targets(batch.samples)
         shares = [[i for i in share if has_target[i]] for share in self._shares(batch)]
         if not any(shares):
             return TeacherScores({})
@@ -101,9 +103,11 @@ class Learner:
             if initial is not None:
                 initial_CV = self._head(initial.head_VH).logits(self._hidden(micro_batch, initial)[rows])
                 logits_CV = mixed_logits(initial_CV, logits_CV, self.config.teacher.mixture)
-            ids_NK = self._support_ids(micro_batch, student) if top_k else micro_batch.response_ids_N[:, None]
+            ids_NK = self.targets.support_ids(micro_batch, student) if top_k else micro_batch.response_ids_N[:, None]
             log_probs_CK1 = support_log_probs(logits_CV, ids_NK[rows], self.groups.tensor, with_tail=top_k)
-            return (log_probs_CK1, entropy(logits_CV, self.groups.tensor)) if self._by_confidence else (log_probs_CK1,)
+            if not self.config.objective.weighs_by_confidence:
+                return (log_probs_CK1,)
+            return log_probs_CK1, entropy(logits_CV, self.groups.tensor)
 
         return TeacherScores(*self._score(micro_batches, of_logits))
 
@@ -117,7 +121,7 @@ class Learner:
 
     def _entropies(self, micro_batches: Sequence[MicroBatch], states: TeacherStates) -> dict[int, Tensor]:
         """Of the teacher, fp32 ``[R]``, where tokens are weighted by them and the last stage has the states."""
-        if not self._by_confidence or states.head_VH is None:
+        if not self.config.objective.weighs_by_confidence or states.head_VH is None:
             return {}
         head = self._head(states.head_VH)
         found = [
@@ -127,11 +131,7 @@ class Learner:
         return _merge(m.split(entropy_N) for m, (entropy_N,) in zip(micro_batches, found, strict=True))
 
     def _hidden(self, micro_batch: MicroBatch, states: TeacherStates) -> Tensor:
-        return micro_batch.join(states.hidden, self._none(self.hf_config["hidden_size"]))
-
-    @property
-    def _by_confidence(self) -> bool:
-        return self.config.objective.sample_weighting == "teacher_confidence"
+        return micro_batch.join(states.hidden, self.targets.none(self.hf_config["hidden_size"]))
 
     def train(self, batch: Batch, student: StudentScores, teacher: TeacherScores) -> dict[str, float]:
         """One optimizer step per mini-batch; metrics are means over them, ``/max`` the largest. Advances ``step``.
@@ -191,10 +191,10 @@ class Learner:
         self, batch: Batch, chosen: Sequence[int], student: StudentScores, teacher: TeacherScores
     ) -> dict[str, float]:
         samples, objective_config = batch.samples, self.config.objective
-        numbers = self._numbers(samples, chosen)
+        numbers = self.targets.numbers(samples, chosen)
 
         def on_hidden(micro_batch: MicroBatch, hidden_NH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            targets = self._targets(micro_batch, samples, numbers, student, teacher)
+            targets = self.targets.of(micro_batch, samples, numbers, student, teacher)
             teacher_head = self._head(teacher.states.head_VH if teacher.states else None)
             loss, metrics = objective.loss_of_hidden(hidden_NH, self._head(), targets, objective_config, teacher_head)
             return loss, {**metrics, _TOTAL: loss.detach()}
@@ -211,107 +211,6 @@ class Learner:
             self.teacher.update(optim.masters(self.model), self._damping)
         return {**self._reduce(reports), "optim/grad_norm": grad_norm}
 
-    def _numbers(self, samples: Sequence[Sample], chosen: Sequence[int]) -> SampleNumbers:
-        """Loss weights from counts over the whole mini-batch, advantages from the groups of the whole batch."""
-        config = self.config.objective
-        rewards, groups = [s.reward for s in samples], [s.group for s in samples]
-
-        factors = objective.question_factors(rewards, groups, self.config.teacher_context.success_threshold, config)
-        in_use, has_target = self._have_targets(samples)
-
-        def weights(has_target: Sequence[bool]) -> list[float]:
-            lengths = [len(samples[i].response_ids) for i in chosen]
-            found = objective.token_weights(lengths, [has_target[i] for i in chosen], config)
-            by_sample = dict(zip(chosen, found, strict=True))
-            return [by_sample.get(i, 0.0) * factors[i] for i in range(len(samples))]
-
-        return SampleNumbers(
-            has_target=has_target,
-            weights=weights(has_target),
-            policy_weights=weights(in_use),
-            advantages=objective.advantages(rewards, groups, config.advantage_std),
-        )
-
-    def _have_targets(self, samples: Sequence[Sample]) -> tuple[list[bool], list[bool]]:
-        """Which samples of a whole batch train at all, and which have the kind's target: a teacher's where it has one.
-
-        Only the hybrid trains on samples that the second leaves out.
-        """
-        config = self.config.objective
-        rewards, groups = [s.reward for s in samples], [s.group for s in samples]
-        success = self.config.teacher_context.success_threshold
-        stopped, untaught = objective.without_target(rewards, groups, success, config)
-        in_use = [not stop for stop in stopped]
-        if not config.has_teacher:
-            return in_use, in_use
-        return in_use, [_taught(s) and not left_out for s, left_out in zip(samples, untaught, strict=True)]
-
-    def _targets(
-        self,
-        micro_batch: MicroBatch,
-        samples: Sequence[Sample],
-        numbers: SampleNumbers,
-        student: StudentScores,
-        teacher: TeacherScores,
-    ) -> objective.TokenTargets:
-        config = self.config.objective
-        targets = objective.TokenTargets(
-            response_ids_T=micro_batch.response_ids_N, weights_T=micro_batch.spread(numbers.weights).to(self.device)
-        )
-        if config.kind == "next_token":
-            return targets
-        engine = {i: torch.tensor(samples[i].engine_log_probs, device=self.device) for i in micro_batch.samples}
-        targets = replace(
-            targets,
-            old_log_probs_T=micro_batch.join(student.old_log_probs, self._none()),
-            engine_log_probs_T=micro_batch.join(engine, self._none()),
-        )
-        if config.compares_rewards:
-            targets = replace(
-                targets,
-                policy_weights_T=micro_batch.spread(numbers.policy_weights).to(self.device),
-                advantages_T=micro_batch.spread(numbers.advantages).to(self.device),
-            )
-        if self.reference is not None:
-            reference_N = micro_batch.join(student.reference_log_probs, self._none())
-            targets = replace(targets, reference_log_probs_T=reference_N)
-        if not config.has_teacher:
-            return targets
-        return self._taught_targets(targets, micro_batch, samples, numbers, student, teacher)
-
-    def _taught_targets(
-        self,
-        targets: objective.TokenTargets,
-        micro_batch: MicroBatch,
-        samples: Sequence[Sample],
-        numbers: SampleNumbers,
-        student: StudentScores,
-        teacher: TeacherScores,
-    ) -> objective.TokenTargets:
-        """With what the teacher says of each token."""
-        config = self.config.objective
-
-        def rows(found: dict[int, Tensor], *columns: int) -> Tensor:
-            return self._teacher_rows(micro_batch, samples, numbers, found, *columns)
-
-        if config.support == "vocabulary":
-            states = teacher.states or TeacherStates({}, None)
-            targets = replace(targets, teacher_hidden_TH=rows(states.hidden, self.hf_config["hidden_size"]))
-        else:
-            targets = replace(targets, teacher_log_probs_TK=rows(teacher.log_probs, config.teacher_columns))
-        if config.support == "top_k":
-            targets = replace(targets, support_ids_TK=self._support_ids(micro_batch, student))
-        if self._by_confidence:
-            factors_N = objective.confidence_factors(rows(teacher.entropies), config.teacher_confidence_beta)
-            targets = replace(targets, weights_T=targets.weights_T * factors_N)
-        if config.credit == "sequence":
-            old_N, teacher_NK = targets.old_log_probs_T, targets.teacher_log_probs_TK
-            assert old_N is not None and teacher_NK is not None
-            tokens_N = objective.sampled_advantages(old_N, teacher_NK[:, 0], config.advantage_bounds)
-            means_N = objective.sequence_advantages(tokens_N, micro_batch.response_lengths)
-            targets = replace(targets, teacher_advantages_T=means_N)
-        return targets
-
     def _head(self, weight_VH: Tensor | None = None) -> Head:
         """The model's own head, or another in its place: states of other weights need the head of these.
 
@@ -323,29 +222,6 @@ class Learner:
             self.groups.tensor,
             self.config.layout.head_chunk_tokens,
         )
-
-    def _support_ids(self, micro_batch: MicroBatch, student: StudentScores) -> Tensor:
-        return micro_batch.join(student.support_ids, self._none(self.config.objective.kept_tokens, dtype=torch.int64))
-
-    def _teacher_rows(
-        self,
-        micro_batch: MicroBatch,
-        samples: Sequence[Sample],
-        numbers: SampleNumbers,
-        found: dict[int, Tensor],
-        *columns: int,
-    ) -> Tensor:
-        """What the teacher found, ``[N, *columns]``; samples without a target have weight zero and get zeros."""
-        rows, none = {}, self._none(*columns)
-        for i in micro_batch.samples:
-            if numbers.has_target[i] != (i in found):
-                raise RuntimeError(f"sample {samples[i].id} and the teacher's scores do not belong together")
-            rows[i] = found.get(i, none.new_zeros(len(samples[i].response_ids), *columns))
-        return micro_batch.join(rows, none)
-
-    def _none(self, *columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What a padding micro-batch has instead of rows."""
-        return torch.empty(0, *columns, dtype=dtype, device=self.device)
 
     def _mini_batches(self, batch: Batch) -> list[list[int]]:
         count = min(self.config.optim.mini_batches, len(batch.samples))
@@ -386,10 +262,6 @@ class Learner:
         box = [value]
         dist.broadcast_object_list(box, src=self.groups.last_stage_rank, group=self.groups.pipeline)
         return box[0]
-
-
-def _taught(sample: Sample) -> bool:
-    return sample.teacher_prompt_ids is not None
 
 
 def _costs(samples: Sequence[Sample]) -> list[int]:
