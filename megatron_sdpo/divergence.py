@@ -388,7 +388,7 @@ def _rows(logits_TV: Tensor) -> int:
 def _scratch(logits_TV: Tensor) -> Tensor:
     """Room for the wide copy of one block, to be used again for the next."""
     dtype = torch.promote_types(logits_TV.dtype, torch.float32)
-    return torch.empty(_rows(logits_TV), logits_TV.shape[1], dtype=dtype, device=logits_TV.device)
+    return torch.empty_like(logits_TV[: _rows(logits_TV)], dtype=dtype)
 
 
 def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
