@@ -67,6 +67,11 @@ class TeacherWeights:
         """fp32, in the order of ``weights``. A checkpoint saves these and loads by ``copy_`` into them."""
         self._in_model = False
 
+    def reset(self, weights: Sequence[Tensor]) -> None:
+        """Begin again at ``weights``, as a new object would."""
+        for tensor, weight in zip(self.tensors, weights if self.tensors else (), strict=True):
+            tensor.copy_(weight.detach())
+
     def update(self, masters: Sequence[Tensor], damping: float = 1.0) -> None:
         """One EMA step towards the student's master weights, at ``damping`` times the rate; nothing for other kinds."""
         if self._in_model:

@@ -54,6 +54,13 @@ class Learner:
         """What the collapse guard has seen; the same on every rank, as batches and evaluations are."""
         self._damping = 1.0
 
+    def reset(self) -> None:
+        """Back to the model's directory: what follows is, to the bit, what a new learner would do."""
+        load_hf(self.model, self.config.model.path, self.groups, self.config.layout)
+        optim.reset(self.optimizer, self.config.optim)
+        self.teacher.reset(optim.masters(self.model))
+        self.step, self.history, self._damping = 0, guard.History(), 1.0
+
     def score_student(self, batch: Batch) -> StudentScores:
         """Forward only: log-probs of the sampled tokens before this batch's first step, and the top-K support.
 

@@ -35,9 +35,20 @@ def wrap(model: HiddenStatesModel, config: OptimConfig) -> tuple[DistributedData
         ),
         [ddp],
     )
+    set_rates(optimizer, config.lr, config.weight_decay)
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.grad_scale_func = optimizer.scale_loss
     return ddp, optimizer
+
+
+def reset(optimizer: Any, config: OptimConfig) -> None:
+    """As ``wrap`` made it, for the weights that the model has now: no moments, master weights copied from the model."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        part.optimizer.state.clear()
+        for group in part.optimizer.param_groups:
+            group.pop("step", None)  # fused optimizers count here
+    optimizer.reload_model_params()
+    set_rates(optimizer, config.lr, config.weight_decay)
 
 
 def gradient_norm(optimizer: Any) -> float:
