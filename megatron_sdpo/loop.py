@@ -40,19 +40,32 @@ async def make_batch(
     step: int, config: Config, prompts: PromptStream, sampler: Sampler, journal: Journal, tokens: Chat
 ) -> Batch:
     """Attempts at the step's questions, judged, journalled, and given a teacher context each."""
-    questions_P = prompts.at(step)
-    groups = journal.groups(step)  # finished before an interruption: used, never sampled again
-    _check_same_questions(groups, questions_P)
     asked = [
         Asked(step, slot, question, config.rollout.attempts_per_prompt, config.rollout.temperature)
-        for slot, question in enumerate(questions_P)
-        if slot not in groups
+        for slot, question in enumerate(prompts.at(step))
     ]
-    sampled, seconds = await sampler.groups(asked, finished=journal.append)
+    groups, seconds = await journalled(step, asked, sampler, journal)
+    return as_batch(step, groups, config, tokens, seconds, prompts.cursor_after(step))
+
+
+async def journalled(
+    step: int, asked: Sequence[Asked], sampler: Sampler, journal: Journal
+) -> tuple[list[Group], dict[str, float]]:
+    """The groups asked for, one a slot from 0, all on disk; and the seconds that sampling took."""
+    groups = journal.groups(step)  # finished before an interruption: used, never sampled again
+    _check_same_questions(groups, [ask.question for ask in asked])
+    sampled, seconds = await sampler.groups([a for a in asked if a.slot not in groups], finished=journal.append)
     groups |= {group.slot: group for group in sampled}
+    return [groups[ask.slot] for ask in asked], seconds
+
+
+def as_batch(
+    step: int, groups: Sequence[Group], config: Config, tokens: Chat, seconds: dict[str, float], cursor: int
+) -> Batch:
+    """Every attempt with its teacher context, and what was measured of them all."""
     samples: list[Sample] = []
     counts: Counter[str] = Counter()
-    for _, group in sorted(groups.items()):
+    for group in groups:
         contexts, counted = build_contexts(group, config.teacher_context, tokens, config.seed)
         counts.update(counted)
         for index, (attempt, verdict, context) in enumerate(zip(group.attempts, group.verdicts, contexts, strict=True)):
@@ -68,8 +81,7 @@ async def make_batch(
                 )
             )
     shares = {key: count / len(samples) for key, count in counts.items()}
-    metrics = {**_rollout_metrics(step, list(groups.values())), **shares, **seconds}
-    return Batch(step, tuple(samples), metrics, prompts.cursor_after(step))
+    return Batch(step, tuple(samples), {**_rollout_metrics(step, groups), **shares, **seconds}, cursor)
 
 
 def train(
@@ -87,23 +99,23 @@ def train(
         metrics_log.log(0, evaluated)
     seconds: dict[str, float] = {}
     while learner.step < config.steps:
-        with _phase("step", seconds):
-            with _phase("wait", seconds):
+        with phase("step", seconds):
+            with phase("wait", seconds):
                 batch = source.batch(learner.step)
-            with _phase("score_student", seconds):
+            with phase("score_student", seconds):
                 student = learner.score_student(batch)
-            with _phase("score_teacher", seconds):
+            with phase("score_teacher", seconds):
                 teacher = learner.score_teacher(batch, student)
-            with _phase("train", seconds):
+            with phase("train", seconds):
                 stats = learner.train(batch, student, teacher)
                 learner.update_teacher()
-            with _phase("sync", seconds):
+            with phase("sync", seconds):
                 synced = publisher.publish(learner.step)
                 source.published(learner.step)
         evaluated = _evaluate(config, source, learner)
         metrics_log.log(learner.step, {**batch.metrics, **stats, **synced, **evaluated, **seconds})
         seconds = {}
-        with _phase("checkpoint", seconds):  # after the row: a resumed run has the row of every step that it skips
+        with phase("checkpoint", seconds):  # after the row: a resumed run has the row of every step that it skips
             checkpoints.save_if_due(batch.cursor)
 
 
@@ -118,7 +130,8 @@ def _evaluate(config: Config, source: BatchSource, learner: "Learner") -> dict[s
 
 
 @contextmanager
-def _phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
+def phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Note how long the block took."""
     began = time.perf_counter()
     yield
     seconds[f"time/{name}"] = time.perf_counter() - began

@@ -116,6 +116,33 @@ def fill(template: str, **values: str) -> str:
     return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
 
 
+def contextual(
+    question: Question,
+    config: TeacherContextConfig,
+    *,
+    solution: str = "",
+    attempt: str = "",
+    feedbacks: Sequence[str] = (),
+) -> tuple[Message, ...]:
+    """The question's messages with the last user message put into the templates; "" and () are absent sections.
+
+    Each of several feedbacks is put into its template, one after the other.
+    """
+    messages = list(question.messages)
+    asked = [place for place, message in enumerate(messages) if message.role == "user"]
+    if not asked:
+        raise ConfigError(f"question {question.id!r} has no user message, so a teacher context has no place in it")
+    place = asked[-1]
+    told = {
+        "solution": fill(config.solution_template, solution=solution) if solution else "",
+        "attempt": fill(config.attempt_template, attempt=attempt) if attempt else "",
+        "feedback": "".join(fill(config.feedback_template, feedback=feedback) for feedback in feedbacks),
+    }
+    content = fill(config.template, prompt=messages[place].content, **told)
+    messages[place] = Message("user", content)
+    return tuple(messages)
+
+
 def without_thinking(text: str) -> str:
     """The text without its closed ``<think>...</think>`` parts.
 
@@ -161,7 +188,11 @@ def _made(group: Group, sections: _Sections, config: TeacherContextConfig, token
         return _Made(_NO_CONTEXT, ("none",))
 
     def rendered(candidate: _Sections) -> tuple[int, ...]:
-        return tokens.prompt_ids(_messages(group.question, candidate, config))
+        feedbacks = (candidate.feedback,) if candidate.feedback else ()
+        told = contextual(
+            group.question, config, solution=candidate.solution, attempt=candidate.attempt, feedbacks=feedbacks
+        )
+        return tokens.prompt_ids(told)
 
     ids, kept, limit = rendered(sections), sections, config.max_prompt_tokens
     if len(ids) > limit:
@@ -177,23 +208,6 @@ def _made(group: Group, sections: _Sections, config: TeacherContextConfig, token
     shortened = ("shortened",) if kept != sections else ()
     attempt_shown = ("attempt_shown",) if kept.attempt else ()
     return _Made(TeacherContext(kept.kind, ids), (kept.kind, *shortened, *attempt_shown))
-
-
-def _messages(question: Question, sections: _Sections, config: TeacherContextConfig) -> tuple[Message, ...]:
-    """The question's messages with the last user message put into the templates."""
-    messages = list(question.messages)
-    asked = [place for place, message in enumerate(messages) if message.role == "user"]
-    if not asked:
-        raise ConfigError(f"question {question.id!r} has no user message, so a teacher context has no place in it")
-    place = asked[-1]
-    told = {
-        "solution": fill(config.solution_template, solution=sections.solution) if sections.solution else "",
-        "attempt": fill(config.attempt_template, attempt=sections.attempt) if sections.attempt else "",
-        "feedback": fill(config.feedback_template, feedback=sections.feedback) if sections.feedback else "",
-    }
-    content = fill(config.template, prompt=messages[place].content, **told)
-    messages[place] = Message("user", content)
-    return tuple(messages)
 
 
 def _shortened(sections: _Sections, names: Sequence[str], fits: Callable[[_Sections], bool], tokens: Chat) -> _Sections:

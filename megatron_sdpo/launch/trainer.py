@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import torch.distributed as dist
@@ -21,21 +21,29 @@ from megatron_sdpo.reshard.publish import Publisher
 from megatron_sdpo.rollout import lifeline
 from megatron_sdpo.rollout.control import EngineControl
 from megatron_sdpo.rollout.fleet import read_engines
-from megatron_sdpo.rollout.wire import CoordinatorClient, Kind
+from megatron_sdpo.rollout.wire import Argument, CoordinatorClient, Kind
 from megatron_sdpo.tracking import Tracker
 from megatron_sdpo.types import Batch, Evaluation, encode
-
-R = TypeVar("R")
 
 COLLECTIVE_TIMEOUT_S = 7200.0
 """Ranks wait in a collective while rank 0 waits for generation, which may take long."""
 
 
-class SharedSource:
+class SharedCoordinator:
     """The coordinator as all ranks see it: rank 0 asks, everybody gets the answer."""
 
     def __init__(self, client: CoordinatorClient | None, groups: ParallelGroups) -> None:
         self._client, self._groups = client, groups
+
+    def _ask(self, kind: Kind, argument: Argument, answer: Any) -> Any:
+        """The answer, of the type ``answer``."""
+        box: list[Any] = [self._client.ask(kind, argument) if self._client is not None else None]
+        dist.broadcast_object_list(box, src=0, group=self._groups.world)
+        return msgspec.msgpack.decode(box[0], type=answer)
+
+
+class SharedSource(SharedCoordinator):
+    """The coordinator of a training run (types.BatchSource)."""
 
     def batch(self, step: int) -> Batch:
         return self._ask("batch", step, Batch)
@@ -45,11 +53,6 @@ class SharedSource:
 
     def published(self, version: int) -> None:
         self._ask("published", version, type(None))
-
-    def _ask(self, kind: Kind, number: int, answer: type[R]) -> R:
-        box: list[Any] = [self._client.ask(kind, number) if self._client is not None else None]
-        dist.broadcast_object_list(box, src=0, group=self._groups.world)
-        return msgspec.msgpack.decode(box[0], type=answer)
 
 
 class DueCheckpoints:
@@ -72,26 +75,10 @@ def run(run_dir: RunDir) -> None:
     resumed = checkpoint.load_latest(learner, run_dir.checkpoints)
     tracker = Tracker(config, run_dir.path, is_writer=groups.rank == 0)
     tracker.truncate_after(learner.step if resumed else -1)
-    client = None
-    if groups.rank == 0:
-        # The coordinator listens once the engines serve, so all addresses are there then.
-        url = wait_for(
-            lambda: _read(run_dir.addresses / "coordinator"), "the coordinator", config.engine.start_timeout_s
-        )
-        client = CoordinatorClient(url, token)
-        if resumed:
-            print(f"resumed from the checkpoint of step {resumed.step}", flush=True)
-    dist.barrier(group=groups.world)
-    engines = [EngineControl(a, token, config.publish.timeout_s) for a in read_engines(run_dir.path)]
-    publisher = Publisher(
-        config.publish,
-        learner.hf_config,
-        groups,
-        canonical_parameters(learner.model),
-        engines,
-        config.engine.host,
-        learner.log_probs,
-    )
+    client = connect(run_dir, config, token, groups)
+    if resumed and groups.rank == 0:
+        print(f"resumed from the checkpoint of step {resumed.step}", flush=True)
+    publisher = publisher_for(learner, run_dir, config, token)
     try:
         train(
             config,
@@ -107,6 +94,33 @@ def run(run_dir: RunDir) -> None:
     publisher.close()
     tracker.close()
     parallel.shutdown()
+
+
+def connect(run_dir: RunDir, config: Config, token: str, groups: ParallelGroups) -> CoordinatorClient | None:
+    """Rank 0's line to the coordinator; all ranks leave together, when the engines' addresses are there too."""
+    client = None
+    if groups.rank == 0:
+        # The coordinator listens once the engines serve, so all addresses are there then.
+        url = wait_for(
+            lambda: _read(run_dir.addresses / "coordinator"), "the coordinator", config.engine.start_timeout_s
+        )
+        client = CoordinatorClient(url, token)
+    dist.barrier(group=groups.world)
+    return client
+
+
+def publisher_for(learner: Learner, run_dir: RunDir, config: Config, token: str) -> Publisher:
+    """Sends the learner's weights to the engines of the run."""
+    engines = [EngineControl(a, token, config.publish.timeout_s) for a in read_engines(run_dir.path)]
+    return Publisher(
+        config.publish,
+        learner.hf_config,
+        learner.groups,
+        canonical_parameters(learner.model),
+        engines,
+        config.engine.host,
+        learner.log_probs,
+    )
 
 
 def kept(failure: NonFiniteError, run_dir: RunDir, groups: ParallelGroups) -> NonFiniteError:

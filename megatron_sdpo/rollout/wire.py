@@ -1,6 +1,7 @@
 """Coordinator and trainer talk: ZeroMQ, one request and one answer at a time, msgpack inside, a token in front.
 
-Requests of the trainer: ``batch`` (a step), ``evaluate`` and ``published`` (a version).
+Requests of a training run's trainer: ``batch`` (a step), ``evaluate`` and ``published`` (a version); of a discovery's:
+``baselines``, ``next_trial``, ``batch`` (a version) and ``trained`` (the numbers of a step).
 """
 
 import hmac
@@ -11,8 +12,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-Kind = Literal["batch", "evaluate", "published"]
-Handler = Callable[[int], Awaitable[Any]]
+Kind = Literal["batch", "evaluate", "published", "baselines", "next_trial", "trained"]
+Argument = int | dict[str, float]
+Handler = Callable[[Any], Awaitable[Any]]
 
 
 class CoordinatorError(RuntimeError):
@@ -40,7 +42,7 @@ async def serve(host: str, token: str, handlers: dict[Kind, Handler], listening:
                 await socket.send_multipart([b"error", b"refused: wrong token"])
                 continue
             try:
-                answer = await handlers[frames[1].decode()](msgspec.msgpack.decode(frames[2], type=int))  # pyright: ignore
+                answer = await handlers[frames[1].decode()](msgspec.msgpack.decode(frames[2], type=Argument))  # pyright: ignore
             except Exception as error:
                 await socket.send_multipart([b"error", _words(error).encode()])
                 raise
@@ -61,9 +63,9 @@ class CoordinatorClient:
             self._socket.setsockopt(zmq.IPV6, 1)
         self._socket.connect(url)
 
-    def ask(self, kind: Kind, number: int) -> bytes:
+    def ask(self, kind: Kind, argument: Argument) -> bytes:
         """The answer as msgpack bytes; raises CoordinatorError with the coordinator's words."""
-        self._socket.send_multipart([self._token, kind.encode(), msgspec.msgpack.encode(number)])
+        self._socket.send_multipart([self._token, kind.encode(), msgspec.msgpack.encode(argument)])
         status, payload = self._socket.recv_multipart()
         if status != b"ok":
             raise CoordinatorError(payload.decode())
