@@ -13,7 +13,8 @@ from PIL import Image
 
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import Config, ConfigError, ModelConfig, OptimConfig, RolloutConfig, TaskConfig
-from megatron_sdpo.report import TEXT_LIMIT, write_comparison, write_report
+from megatron_sdpo.report import write_comparison, write_report
+from megatron_sdpo.report.page import TEXT_LIMIT
 from megatron_sdpo.tracking import METRICS_FILE, Tracker
 from megatron_sdpo.types import Attempt, Group, Message, Question, Verdict
 

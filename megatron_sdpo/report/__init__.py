@@ -11,16 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from megatron_sdpo.config import Config, ConfigError, fields_by_name
 from megatron_sdpo.report.figures import PHASES, curve_png, curve_svg
+from megatron_sdpo.report.page import render, write
 from megatron_sdpo.report.record import RunRecord, read_run
 from megatron_sdpo.types import Group
 
 ATTEMPTS_PER_GROUP = 4
-TEXT_LIMIT = 6000
-"""Characters of one text that the page shows; what is cut is counted there."""
 MILESTONES = (0.5, 0.8, 0.9)
 
 
@@ -33,7 +30,7 @@ def write_report(run_dir: Path) -> Path:
     run = read_run(run_dir)
     curve_png([run], run_dir / "curve.png")
     changed, default = _settings(run.config)
-    page = _render(
+    page = render(
         "run.html.j2",
         run=run,
         headlines=_headlines(run),
@@ -43,7 +40,7 @@ def write_report(run_dir: Path) -> Path:
         default=default,
         transcripts=[_transcript(group) for group in run.groups],
     )
-    return _write(run_dir / "report.html", page)
+    return write(run_dir / "report.html", page)
 
 
 def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -61,7 +58,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     curve_png(runs, out.with_suffix(".png"))
     headlines = [dict(_headlines(run)) for run in runs]
-    page = _render(
+    page = render(
         "comparison.html.j2",
         runs=runs,
         curves=curve_svg(runs),
@@ -69,7 +66,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
         labels=list(dict.fromkeys(label for numbers in headlines for label in numbers)),
         differences=_differences(runs),
     )
-    return _write(out, page)
+    return write(out, page)
 
 
 def _told_apart(runs: Sequence[RunRecord], run_dirs: Sequence[Path]) -> list[RunRecord]:
@@ -182,28 +179,3 @@ def _transcript(group: Group) -> dict[str, Any]:
         "mean_reward": sum(v.reward for _, v in judged) / max(len(judged), 1),
         "attempts": [{"number": i + 1, "attempt": judged[i][0], "verdict": judged[i][1]} for i in chosen],
     }
-
-
-def _cut(text: str) -> str:
-    """The text as the page shows it, with the number of characters left out."""
-    beyond = len(text) - TEXT_LIMIT
-    return text if beyond <= 0 else f"{text[:TEXT_LIMIT]}\n… {beyond:,} more characters"
-
-
-def _render(template: str, **values: Any) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("megatron_sdpo", "data/report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["cut"] = _cut
-    return environment.get_template(template).render(**values)
-
-
-def _write(path: Path, page: str) -> Path:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    temporary.replace(path)
-    return path

@@ -5,7 +5,7 @@ Figures are made without pyplot: no global state, no display.
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,17 +79,27 @@ PANELS = (
 
 def curve_png(runs: Sequence[RunRecord], path: Path) -> None:
     """Write the curves as a PNG on white."""
-    with matplotlib.rc_context(_STYLE):
-        temporary = path.with_suffix(".tmp")
-        _figure(runs).savefig(temporary, format="png", dpi=150, facecolor="white")
-        temporary.replace(path)
+    save_png(lambda: _figure(runs), path)
 
 
 def curve_svg(runs: Sequence[RunRecord]) -> str:
-    """The curves as an ``<svg>`` element whose text and lines take the page's ``--ink`` and ``--grid``."""
+    """The curves for a page (``as_svg``)."""
+    return as_svg(lambda: _figure(runs))
+
+
+def save_png(draw: Callable[[], Figure], path: Path) -> None:
+    """Draw in the house style and write a PNG on white."""
+    with matplotlib.rc_context(_STYLE):
+        temporary = path.with_suffix(".tmp")
+        draw().savefig(temporary, format="png", dpi=150, facecolor="white")
+        temporary.replace(path)
+
+
+def as_svg(draw: Callable[[], Figure]) -> str:
+    """Draw in the house style: an ``<svg>`` element whose text and lines take the page's ``--ink`` and ``--grid``."""
     out = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        _figure(runs).savefig(out, format="svg", transparent=True, metadata={"Date": None})
+        draw().savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "var(--ink)").replace(_GRID, "var(--grid)")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
