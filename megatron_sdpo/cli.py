@@ -1,4 +1,4 @@
-"""The command line: ``megatron-sdpo train | evaluate | serve | convert | report``.
+"""The command line: ``megatron-sdpo train | discover | evaluate | serve | convert | report``.
 
 Exit codes: 0 done, 1 a running role failed, 2 the request cannot work (one sentence on standard error),
 128 + n stopped by signal n.
@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_sdpo import __version__
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import Config, ConfigError
-from megatron_sdpo.launch.local import Interrupted, RoleDied, run_locally
+from megatron_sdpo.launch.local import DISCOVERY, Interrupted, RoleDied, run_locally
 from megatron_sdpo.launch.preflight import check_engines, check_run
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.rollout.control import EngineError
@@ -76,6 +76,30 @@ def train(arguments: argparse.Namespace) -> None:
     )
 
 
+def discover(arguments: argparse.Namespace) -> None:
+    """Preflight, all roles, what was found."""
+    config = _discovery_config(arguments)
+    check_run(config)
+    run_dir = RunDir(Path(config.run_dir))
+    run_dir.check_resumable(config)
+    if arguments.dry_run:
+        print(json.dumps(dataclasses.asdict(config), indent=2))
+        return
+    began = time.perf_counter()
+    print(
+        f"{config.name}: {', '.join(config.discovery.methods)} in {run_dir.path}, trainer {_layout_words(config)}, ",
+        end="",
+    )
+    print(f"{config.engine.count} engine(s); starting takes about half a minute", flush=True)
+    run_locally(config, run_dir, DISCOVERY)
+    from megatron_sdpo.report.discovery import summary_lines, write_discovery  # loads matplotlib
+
+    page = write_discovery(run_dir.path)
+    print("\n".join(summary_lines(run_dir.path)))
+    print(f"finished in {time.perf_counter() - began:.0f} s")
+    print(f"report  {page}\ncurve   {page.with_name('discovery.png')}\nnumbers {page.with_name('discovery.json')}")
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
     """One engine, the recipe's held-out questions, one JSON object."""
     from megatron_sdpo.launch.serving import evaluate_model  # loads aiohttp and the engine's client only when needed
@@ -107,8 +131,10 @@ def convert(arguments: argparse.Namespace) -> None:
 def report(arguments: argparse.Namespace) -> None:
     """One page and one picture of what a run directory holds."""
     from megatron_sdpo.report import write_report  # loads matplotlib
+    from megatron_sdpo.report.discovery import write_discovery
 
-    print(write_report(arguments.run_dir))
+    write = write_discovery if RunDir(arguments.run_dir).trials.is_dir() else write_report
+    print(write(arguments.run_dir))
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -120,6 +146,17 @@ def _config(arguments: argparse.Namespace) -> Config:
     config = configuration.apply_overrides(recipe(arguments.recipe), overrides)
     configuration.check(config)
     return config
+
+
+def _discovery_config(arguments: argparse.Namespace) -> Config:
+    """With the schedule of one trial."""
+    given = {"task.options.questions": arguments.questions}
+    if arguments.methods is not None:
+        given["discovery.methods"] = json.dumps([name for name in arguments.methods.split(",") if name])
+    arguments.overrides = [f"{k}={v}" for k, v in given.items() if v is not None] + arguments.overrides
+    config = _config(arguments)
+    configuration.check_discovery(config)
+    return dataclasses.replace(config, steps=config.discovery.budget // config.rollout.attempts_per_prompt)
 
 
 def _layout_overrides(name: str) -> list[str]:
@@ -169,6 +206,27 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="check everything, print the configuration, start nothing"
     )
     command.set_defaults(run=train)
+
+    command = commands.add_parser(
+        "discover",
+        formatter_class=raw,
+        help="solve hard questions one at a time by training on their own attempts; the same command continues",
+        description="Test-time self-distillation: each question starts from the recipe's model and is trained on its\n"
+        "own attempts until one succeeds or discovery.budget is spent, beside baselines that do not train.\n"
+        "The same command continues an interrupted run; finished trials are not made again.",
+        epilog=_configuration_help(),
+    )
+    _recipe_arguments(command)
+    command.add_argument(
+        "--questions", metavar="FILE", help="questions as JSON lines (short for task.options.questions=FILE)"
+    )
+    command.add_argument(
+        "--methods", metavar="NAMES", help="some of best_of_k,multi_turn,sdpo (short for discovery.methods=[...])"
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the configuration, start nothing"
+    )
+    command.set_defaults(run=discover)
 
     command = commands.add_parser("evaluate", help="score a model on a recipe's held-out questions")
     _recipe_arguments(command)

@@ -7,6 +7,7 @@ import megatron_sdpo
 from megatron_sdpo.config import (
     CheckpointConfig,
     Config,
+    DiscoveryConfig,
     EngineConfig,
     EvaluationConfig,
     LayoutConfig,
@@ -20,7 +21,10 @@ from megatron_sdpo.config import (
 )
 from megatron_sdpo.tasks.minipipe import ATTEMPT_TEMPLATE, FEEDBACK_TEMPLATE, SOLUTION_TEMPLATE, TEACHER_TEMPLATE
 
-BASE_MODEL = str(Path(megatron_sdpo.__file__ or "").parent / "data" / "minipipe-base")
+_DATA = Path(megatron_sdpo.__file__ or "").parent / "data"
+BASE_MODEL = str(_DATA / "minipipe-base")
+HARD_QUESTIONS = str(_DATA / "minipipe-hard.jsonl")
+"""Chosen by tools/choose_hard_questions.py: the base model solves them once in 250 to 2000 attempts."""
 
 
 def minipipe() -> Config:
@@ -61,4 +65,23 @@ def minipipe_grpo() -> Config:
     )
 
 
-RECIPES = {"minipipe": minipipe, "minipipe-grpo": minipipe_grpo}
+def minipipe_discovery() -> Config:
+    """Hard questions one at a time, from the base model each time: how many attempts until the first success?"""
+    config = minipipe()
+    return replace(
+        config,
+        name="minipipe-discovery",
+        run_dir="runs/minipipe-discovery",
+        steps=128,
+        task=TaskConfig(
+            name="minipipe",
+            options={"machine_seed": 1, "ranks": [1, 2, 3], "min_ops": 3, "max_ops": 4, "questions": HARD_QUESTIONS},
+        ),
+        layout=LayoutConfig(tokens_per_micro_batch=4096),
+        optim=OptimConfig(lr=2e-3),
+        evaluation=EvaluationConfig(every=0),
+        discovery=DiscoveryConfig(budget=1024, seeds=3),
+    )
+
+
+RECIPES = {"minipipe": minipipe, "minipipe-grpo": minipipe_grpo, "minipipe-discovery": minipipe_discovery}

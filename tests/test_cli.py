@@ -16,7 +16,7 @@ import pytest
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import apply_overrides
 from megatron_sdpo.launch.run_dir import RunDir
-from recipes.minipipe import BASE_MODEL, minipipe
+from recipes.minipipe import BASE_MODEL, minipipe, minipipe_discovery
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
@@ -75,6 +75,58 @@ def refusal(folder: Path, *arguments: str) -> str:
 )
 def test_a_run_that_cannot_work_is_refused(tmp_path: Path, arguments: list[str], words: str) -> None:
     assert words in refusal(tmp_path, "train", "minipipe", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--methods=sdpo,luck"], "it must be a JSON list, each one of best_of_k, multi_turn, sdpo"),
+        (["--methods="], "discovery.methods is empty; name one or more of best_of_k, multi_turn, sdpo"),
+        (["--methods=sdpo,sdpo"], "discovery.methods sdpo,sdpo names one twice"),
+        (["--questions=nowhere.jsonl"], "cannot read the questions file nowhere.jsonl"),
+        (["discovery.budget=100"], "discovery.budget 100 is not a multiple of rollout.attempts_per_prompt 8"),
+        (["discovery.best_of_k_samples=512"], "discovery.best_of_k_samples 512 cannot tell what discovery.budget 1024"),
+        (["discovery.multi_turn_memory=[]"], "discovery.multi_turn_memory is []; give one or more different numbers"),
+        (["discovery.multi_turn_memory=[1,0]"], "discovery.multi_turn_memory is [1, 0]; give"),
+        (["discovery.seeds=0"], "discovery.seeds is 0; it must be at least 1"),
+        (["objective.kind=grpo"], "objective.kind=grpo learns nothing before the first success"),
+        (["teacher_context.feedback=never"], "with teacher_context.feedback=never a trial learns nothing"),
+        (["rollout.max_staleness=1"], "rollout.max_staleness is 1, but a trial trains on each group before"),
+        (["--layout=tp3"], "layout.tensor_parallel 3 does not divide the model's 4 attention heads"),
+    ],
+)
+def test_a_discovery_that_cannot_work_is_refused(tmp_path: Path, arguments: list[str], words: str) -> None:
+    assert words in refusal(tmp_path, "discover", "minipipe-discovery", *arguments)
+
+
+def test_baselines_alone_need_no_teacher(tmp_path: Path) -> None:
+    arguments = ("--methods=best_of_k", "objective.kind=grpo", "discovery.budget=64", "--dry-run")
+    done = run(tmp_path, "discover", "minipipe-discovery", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    config = json.loads(done.stdout)
+    assert config["discovery"]["methods"] == ["best_of_k"]
+    assert config["steps"] == 8  # those of one trial
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_questions_file_takes_the_place_of_the_recipes(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"id": "a", "prompt": "sort, sum", "payload": {"operations": [["sort", null], ["sum", null]]}}\n')
+    done = run(tmp_path, "discover", "minipipe-discovery", f"--questions={file}", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["task"]["options"]["questions"] == str(file)
+
+
+def test_a_discovery_may_be_continued_with_more_seeds_but_not_with_another_budget(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    config = apply_overrides(minipipe_discovery(), [f"run_dir={run_dir.path}"])
+    run_dir.prepare(config)
+    (run_dir.attempts / "sdpo").mkdir()
+    (run_dir.attempts / "sdpo" / "step-00000001.jsonl").touch()
+    command = ("discover", "minipipe-discovery", f"--run-dir={run_dir.path}")
+    assert "holds a run with discovery.budget=1024, not 512" in refusal(tmp_path, *command, "discovery.budget=512")
+    done = run(tmp_path, *command, "discovery.seeds=5", "--methods=sdpo", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_mistake_before_an_option_and_after_it_is_refused_alike(tmp_path: Path) -> None:
@@ -236,7 +288,7 @@ def test_checking_a_run_loads_no_torch(tmp_path: Path) -> None:
 def test_help_names_the_commands_and_where_to_start(tmp_path: Path) -> None:
     done = run(tmp_path, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    for words in ("train", "evaluate", "serve", "convert", "report", "megatron-sdpo train minipipe"):
+    for words in ("train", "discover", "evaluate", "serve", "convert", "report", "megatron-sdpo train minipipe"):
         assert words in done.stdout
 
 

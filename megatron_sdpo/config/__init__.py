@@ -11,12 +11,13 @@ checks.py    what values may be, alone and together
 ===========  =======================================================
 """
 
-from megatron_sdpo.config.checks import check
+from megatron_sdpo.config.checks import check, check_discovery
 from megatron_sdpo.config.reading import apply_overrides, fields_by_name, load, read_json, save, type_words
 from megatron_sdpo.config.tree import (
     CheckpointConfig,
     Config,
     ConfigError,
+    DiscoveryConfig,
     EngineConfig,
     EvaluationConfig,
     GuardConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "ConfigError",
+    "DiscoveryConfig",
     "EngineConfig",
     "EvaluationConfig",
     "GuardConfig",
@@ -51,6 +53,7 @@ __all__ = [
     "TrackingConfig",
     "apply_overrides",
     "check",
+    "check_discovery",
     "fields_by_name",
     "load",
     "read_json",

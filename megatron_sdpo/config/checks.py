@@ -15,6 +15,7 @@ _AT_LEAST = {
         *("rollout.verify_workers", "teacher_context.max_prompt_tokens"),
         *("checkpoint.every", "checkpoint.keep", "evaluation.attempts", "evaluation.questions"),
         *("guard.reward_window", "guard.accuracy_window"),
+        *("discovery.questions", "discovery.seeds", "discovery.budget", "discovery.best_of_k_samples"),
     ),
     0: (
         *("engine.port", "rollout.max_staleness", "evaluation.every", "evaluation.temperature"),
@@ -158,4 +159,50 @@ def _check_guard(config: Config) -> None:
         raise ConfigError(
             f"guard.signal={signal} watches the held-out accuracy, which evaluation.every=0 never measures;"
             " set evaluation.every to 1 or more"
+        )
+
+
+def check_discovery(config: Config) -> None:
+    """Refuse what ``discover`` cannot work with, besides what ``check`` refuses."""
+    discovery, rollout = config.discovery, config.rollout
+    if not discovery.methods:
+        raise ConfigError("discovery.methods is empty; name one or more of best_of_k, multi_turn, sdpo")
+    if len(set(discovery.methods)) < len(discovery.methods):
+        raise ConfigError(f"discovery.methods {','.join(discovery.methods)} names one twice; name each once")
+    if discovery.budget % rollout.attempts_per_prompt:
+        raise ConfigError(
+            f"discovery.budget {discovery.budget} is not a multiple of rollout.attempts_per_prompt"
+            f" {rollout.attempts_per_prompt}; set a multiple"
+        )
+    if "best_of_k" in discovery.methods and discovery.best_of_k_samples < discovery.budget:
+        raise ConfigError(
+            f"discovery.best_of_k_samples {discovery.best_of_k_samples} cannot tell what discovery.budget"
+            f" {discovery.budget} attempts find; set it to {discovery.budget} or more"
+        )
+    if "multi_turn" in discovery.methods:
+        memory = discovery.multi_turn_memory
+        if not memory or min(memory) < 1 or len(set(memory)) < len(memory):
+            raise ConfigError(
+                f"discovery.multi_turn_memory is {list(memory)}; give one or more different numbers from 1 upwards"
+            )
+    if "sdpo" in discovery.methods:
+        _check_learns_alone(config)
+
+
+def _check_learns_alone(config: Config) -> None:
+    """A trial by sdpo learns from each group before it samples the next, and from feedback alone."""
+    if not config.objective.has_teacher:
+        raise ConfigError(
+            f"objective.kind={config.objective.kind} learns nothing before the first success, at which a trial ends;"
+            " set objective.kind to sdpo or hybrid"
+        )
+    if config.teacher_context.feedback == "never":
+        raise ConfigError(
+            "before the first success there is no demonstration, so with teacher_context.feedback=never a trial learns"
+            " nothing; set teacher_context.feedback=without_solution"
+        )
+    if config.rollout.max_staleness:
+        raise ConfigError(
+            f"rollout.max_staleness is {config.rollout.max_staleness}, but a trial trains on each group before it"
+            " samples the next; set rollout.max_staleness=0"
         )

@@ -92,8 +92,11 @@ def type_words(kind: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if origin in (typing.Union, types.UnionType):
         return " or ".join("none" if a is type(None) else type_words(a) for a in typing.get_args(kind))
-    if origin in (dict, tuple):
-        return "a JSON object" if origin is dict else "a JSON list"
+    if origin is tuple:
+        (item, _) = typing.get_args(kind)
+        return "a JSON list" + (f", each {type_words(item)}" if typing.get_origin(item) is Literal else "")
+    if origin is dict:
+        return "a JSON object"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
 
 

@@ -277,6 +277,26 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DiscoveryConfig:
+    """One hard question at a time, trained on its own attempts until one succeeds (``megatron-sdpo discover``)."""
+
+    methods: tuple[Literal["best_of_k", "multi_turn", "sdpo"], ...] = ("best_of_k", "multi_turn", "sdpo")
+    """sdpo: train on the attempts; best_of_k: sample the base model independently; multi_turn: sample it in turns,
+    each reading the feedback of earlier ones."""
+    questions: int | None = None
+    """How many of the task's training questions; None takes all."""
+    seeds: int = 3
+    """Independent trials of each question by sdpo and by multi_turn."""
+    budget: int = 1024
+    """Attempts that a trial may use; a multiple of rollout.attempts_per_prompt, of which each batch is made."""
+    best_of_k_samples: int = 2048
+    """Attempts of the base model at each question, from which best_of_k is estimated; at least the budget."""
+    multi_turn_memory: tuple[int, ...] = (1, 3)
+    """How many of the latest feedbacks a turn reads; several make several baselines. The prompt's limits (the least of
+    teacher_context.max_prompt_tokens and model.max_length) may leave room for fewer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingConfig:
     """Where numbers go besides metrics.jsonl and the console."""
 
@@ -292,7 +312,7 @@ class Config:
     run_dir: str
     """Everything the run writes; the same directory resumes."""
     steps: int
-    """Generation batches."""
+    """Generation batches; ``discover`` sets it to those of one trial, budget / rollout.attempts_per_prompt."""
     seed: int = 0
     model: ModelConfig
     task: TaskConfig
@@ -307,4 +327,5 @@ class Config:
     publish: PublishConfig = PublishConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    discovery: DiscoveryConfig = DiscoveryConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -35,13 +35,28 @@ class Interrupted(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
+class Program:
+    """What runs as coordinator and as trainer, and whose standard output is the console's."""
+
+    coordinator: str
+    trainer: str
+    speaker: str
+
+
+TRAINING = Program("megatron_sdpo.launch.coordinator", "megatron_sdpo.launch.trainer", "trainer")
+DISCOVERY = Program(
+    "megatron_sdpo.launch.discovery_coordinator", "megatron_sdpo.launch.discovery_trainer", "coordinator"
+)
+
+
+@dataclass(frozen=True, slots=True)
 class _Role:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
 
 
-def run_locally(config: Config, run_dir: RunDir) -> None:
+def run_locally(config: Config, run_dir: RunDir, program: Program = TRAINING) -> None:
     """Run to the end. Raises RoleDied or Interrupted after everything has been stopped; nothing stays behind.
 
     The roles end with this process even when it is killed outright.
@@ -54,8 +69,8 @@ def run_locally(config: Config, run_dir: RunDir) -> None:
         try:
             os.environ[lifeline.PARENT] = str(os.getpid())
             # Trainer and coordinator load while the engines do.
-            roles.append(_start("coordinator", _coordinator(run_dir), run_dir, config))
-            roles.append(_start("trainer", _trainer(run_dir, config), run_dir, config))
+            for name, command in _commands(program, run_dir, config).items():
+                roles.append(_start(name, command, run_dir, config, speaks=name == program.speaker))
             fleet.start()
             _watch(roles, fleet, run_dir)
         finally:
@@ -64,31 +79,30 @@ def run_locally(config: Config, run_dir: RunDir) -> None:
             _restore(lifeline_was)
 
 
-def _coordinator(run_dir: RunDir) -> list[str]:
-    return [sys.executable, "-m", "megatron_sdpo.launch.coordinator", str(run_dir.path)]
+def _commands(program: Program, run_dir: RunDir, config: Config) -> dict[str, list[str]]:
+    return {
+        "coordinator": [sys.executable, "-m", program.coordinator, str(run_dir.path)],
+        "trainer": [
+            sys.executable,
+            "-m",
+            "megatron_sdpo.launch.torchrun",
+            "--standalone",
+            f"--nproc-per-node={config.layout.world_size}",
+            "-m",
+            program.trainer,
+            str(run_dir.path),
+        ],
+    }
 
 
-def _trainer(run_dir: RunDir, config: Config) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "megatron_sdpo.launch.torchrun",
-        "--standalone",
-        f"--nproc-per-node={config.layout.world_size}",
-        "-m",
-        "megatron_sdpo.launch.trainer",
-        str(run_dir.path),
-    ]
-
-
-def _start(name: str, command: Sequence[str], run_dir: RunDir, config: Config) -> _Role:
-    """Standard output stays the console's (the trainer's step lines); everything else goes to the role's log."""
+def _start(name: str, command: Sequence[str], run_dir: RunDir, config: Config, speaks: bool) -> _Role:
+    """Standard output of the role that speaks stays the console's; everything else goes to the role's log."""
     log = run_dir.logs / f"{name}.log"
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=None if name == "trainer" else output,
+            stdout=None if speaks else output,
             stderr=output,
             env=environment(config),
             start_new_session=True,

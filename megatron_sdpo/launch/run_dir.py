@@ -14,7 +14,10 @@ from typing import TypeVar
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import Config, ConfigError
 
-_MAY_CHANGE = ("steps", "run_dir", "name", "checkpoint.", "evaluation.", "tracking.", "publish.", "engine.")
+_MAY_CHANGE = (
+    *("steps", "run_dir", "name", "checkpoint.", "evaluation.", "tracking.", "publish.", "engine."),
+    *("discovery.methods", "discovery.seeds"),
+)
 """What a resumed run may change; anything else would make it another experiment under the same name."""
 
 POLL_S = 0.1
@@ -35,6 +38,10 @@ class RunDir:
     @property
     def attempts(self) -> Path:
         return self.path / "attempts"
+
+    @property
+    def trials(self) -> Path:
+        return self.path / "trials"
 
     @property
     def checkpoints(self) -> Path:
@@ -112,7 +119,8 @@ class RunDir:
 
     def has_progress(self) -> bool:
         """Something was sampled or trained here; until then the configuration may still change freely."""
-        return any(any(folder.iterdir()) for folder in (self.attempts, self.checkpoints) if folder.is_dir())
+        folders = [folder for folder in (self.attempts, self.checkpoints) if folder.is_dir()]
+        return any(path.is_file() for folder in folders for path in folder.rglob("*"))
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -1,0 +1,60 @@
+"""The coordinator's process of a discovery: ``python -m megatron_sdpo.launch.discovery_coordinator RUN_DIR``."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from megatron_sdpo import config as configuration
+from megatron_sdpo.chat import Chat
+from megatron_sdpo.discovery import Trials
+from megatron_sdpo.discovery.progress import Console
+from megatron_sdpo.discovery.record import TrialFiles, planned
+from megatron_sdpo.launch.run_dir import RunDir, wait_for
+from megatron_sdpo.rollout import lifeline
+from megatron_sdpo.rollout.client import EngineClient
+from megatron_sdpo.rollout.fleet import read_address
+from megatron_sdpo.rollout.sampler import Sampler
+from megatron_sdpo.rollout.wire import serve
+from megatron_sdpo.tasks import load_task
+
+
+async def run(run_dir: RunDir) -> None:
+    """Serve the trainer until this process is ended."""
+    config, token = configuration.load(run_dir.config), run_dir.token()
+    task = load_task(config.task.name, **config.task.options)
+    tokens, files = Chat(config.model.path), TrialFiles(run_dir.trials)
+    questions = task.train_questions()[: config.discovery.questions]
+    plan = planned(config, len(questions))
+    router = wait_for(lambda: read_address(run_dir.path, "router"), "the engines", config.engine.start_timeout_s)
+    console = Console(len(plan), sum(map(files.has, plan)), config.discovery.budget)
+    try:
+        async with EngineClient([router], token, config.engine.request_timeout_s) as client:
+            sampler = Sampler(client, tokens, task, config.rollout.max_new_tokens, config.rollout.verify_workers)
+            trials = Trials(config, questions, tokens, sampler, run_dir.attempts, files, console)
+            await serve(
+                config.engine.host,
+                token,
+                {
+                    "baselines": trials.baselines,
+                    "next_trial": trials.next_trial,
+                    "batch": trials.batch,
+                    "trained": trials.trained,
+                },
+                listening=lambda url: run_dir.publish_address("coordinator", url),
+            )
+    finally:
+        console.close()
+
+
+def main() -> None:
+    lifeline.tie_to_parent()
+    run_dir = RunDir(Path(sys.argv[1]))
+    try:
+        asyncio.run(run(run_dir))
+    except Exception as failure:
+        run_dir.report_failure("coordinator", failure)
+        raise
+
+
+if __name__ == "__main__":
+    main()

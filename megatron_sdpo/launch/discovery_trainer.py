@@ -1,0 +1,51 @@
+"""A trainer rank's process of a discovery: ``torchrun ... -m megatron_sdpo.launch.discovery_trainer RUN_DIR``."""
+
+import sys
+from pathlib import Path
+
+from megatron_sdpo import config as configuration
+from megatron_sdpo.discovery import discover
+from megatron_sdpo.launch.run_dir import RunDir
+from megatron_sdpo.launch.trainer import COLLECTIVE_TIMEOUT_S, SharedCoordinator, connect, publisher_for
+from megatron_sdpo.mcore import groups as parallel
+from megatron_sdpo.mcore.learner import Learner
+from megatron_sdpo.rollout import lifeline
+from megatron_sdpo.types import Batch
+
+
+class SharedTrials(SharedCoordinator):
+    """The coordinator of a discovery as all ranks see it (discovery.TrialSource)."""
+
+    def baselines(self) -> bool:
+        return self._ask("baselines", 0, bool)
+
+    def next_trial(self) -> int | None:
+        return self._ask("next_trial", 0, int | None)
+
+    def batch(self, version: int) -> Batch | None:
+        return self._ask("batch", version, Batch | None)
+
+    def trained(self, numbers: dict[str, float]) -> None:
+        self._ask("trained", numbers, type(None))
+
+
+def run(run_dir: RunDir) -> None:
+    """Build the parts, go through the trials."""
+    config, token = configuration.load(run_dir.config), run_dir.token()
+    groups = parallel.initialize(config.layout, config.seed, COLLECTIVE_TIMEOUT_S)
+    learner = Learner(config, groups)
+    client = connect(run_dir, config, token, groups)
+    publisher = publisher_for(learner, run_dir, config, token)
+    discover(SharedTrials(client, groups), learner, publisher)
+    publisher.close()
+    parallel.shutdown()
+
+
+if __name__ == "__main__":
+    lifeline.tie_to_parent()
+    here = RunDir(Path(sys.argv[1]))
+    try:
+        run(here)
+    except Exception as failure:
+        here.report_failure("trainer", failure)
+        raise
