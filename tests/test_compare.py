@@ -9,7 +9,19 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 from comparison import analysis, results
-from comparison.analysis import Curve, Record, Run, Summary, area, band, chosen_candidate, crossing, speed_ups, summary
+from comparison.analysis import (
+    Curve,
+    Phase,
+    Record,
+    Run,
+    Summary,
+    area,
+    band,
+    chosen_candidate,
+    crossing,
+    speed_ups,
+    summary,
+)
 from comparison.cells import CellFailed, Cells, cell_config, cell_name
 from comparison.experiments import EXPERIMENTS, TUNING_SEEDS, Experiment, final_overrides, tuning_overrides
 
@@ -21,9 +33,9 @@ SLOW: Curve = ((0, 0.0), (512, 0.2), (1024, 0.6), (1536, 0.85))
 BROKEN: Curve = ((0, 0.0), (512, 0.6))
 
 
-def made(arm: str, curve: Curve, seed: int = 0, candidate: int = 0, phase: str = "final") -> Run:
+def made(arm: str, curve: Curve, seed: int = 0, candidate: int = 0, phase: Phase = "final") -> Run:
     return Run(
-        phase="tuning" if phase == "tuning" else "final",
+        phase=phase,
         arm=arm,
         candidate=candidate,
         seed=seed,
@@ -147,12 +159,15 @@ def test_the_name_of_a_cell_is_what_it_means() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_tiny_real_cell_is_run_once(tmp_path: Path) -> None:
+def test_tiny_real_cells_finish_fail_and_diverge_and_are_run_once(tmp_path: Path) -> None:
     cells = Cells(tmp_path, jobs=1)
     tiny = ("steps=2", "evaluation.every=1", "evaluation.questions=8", "rollout.prompts_per_step=2", "seed=3")
-    with pytest.raises(CellFailed, match="1 of 2 cells failed"):
-        cells.run({"tiny": tiny, "broken": (*tiny, "task.options.questions=/nowhere.jsonl")})
-    ended = Cells(tmp_path, jobs=1).run({"tiny": tiny})["tiny"]  # from its record: nothing was started
+    too_fast = (*tiny, "optim.lr=1e30")
+    with pytest.raises(CellFailed, match="1 of 3 cells failed"):
+        cells.run({"tiny": tiny, "fast": too_fast, "broken": (*tiny, "task.options.questions=/nowhere.jsonl")})
+    again = Cells(tmp_path, jobs=1).run({"tiny": tiny, "fast": too_fast})  # from their records: nothing was started
+    ended = again["tiny"]
+    assert (again["fast"].outcome, again["fast"].curve[0]) == ("diverged", ended.curve[0])
     assert (ended.overrides, ended.outcome, [x for x, _ in ended.curve]) == (tiny, "finished", [0, 16, 32])
     config = json.loads((tmp_path / cell_name(tiny) / "run" / "config.json").read_text())
     assert (config["seed"], config["layout"]["world_size"]) == (3, 1)

@@ -11,39 +11,31 @@ is not run again: the same command continues what was stopped and tries again wh
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench_machine import machine
 from comparison import results
-from comparison.analysis import Record, Run, chosen_candidate, summary
+from comparison.analysis import Phase, Record, Run, chosen_candidate, summary
 from comparison.cells import CellFailed, Cells, Ended, Stopped
-from comparison.experiments import EXPERIMENTS, TUNING_SEEDS, Arm, Experiment, final_overrides, tuning_overrides
+from comparison.experiments import (
+    EXPERIMENTS,
+    TUNING_SEEDS,
+    Algorithm,
+    Experiment,
+    final_overrides,
+    tuning_overrides,
+)
 
 
 def compare(name: str, experiment: Experiment, seeds: Sequence[int], cells: Cells) -> Record:
     """Choose, then run the arms. Raises CellFailed and Stopped."""
-    tuning = tune(experiment, cells)
-    chosen = {
-        algorithm.name: chosen_candidate(runs, len(algorithm.candidates), experiment.grid) if runs else 0
-        for algorithm in experiment.algorithms
-        for runs in [[run for run in tuning if run.arm == algorithm.name]]
-    }
-    finals = {
-        (arm.name, seed): final_overrides(experiment, arm, chosen[arm.algorithm.name], seed)
-        for seed in seeds  # the outer loop: what is stopped has whole seeds
-        for arm in experiment.arms
-    }
-    print(f"{name}: {len(finals)} final runs", flush=True)
-    ended = cells.run({f"{arm}, seed {seed}": overrides for (arm, seed), overrides in finals.items()})
-    arms: dict[str, Arm] = {arm.name: arm for arm in experiment.arms}
-    runs = (
-        *tuning,
-        *(
-            _run("final", arm, chosen[arms[arm].algorithm.name], seed, ended[f"{arm}, seed {seed}"])
-            for arm, seed in finals
-        ),
-    )
+    tuning = tuning_runs(experiment, cells)
+    chosen = dict.fromkeys((algorithm.name for algorithm in experiment.algorithms), 0)
+    for algorithm in tuned(experiment):
+        runs = [run for run in tuning if run.arm == algorithm.name]
+        chosen[algorithm.name] = chosen_candidate(runs, len(algorithm.candidates), experiment.grid)
+    runs = (*tuning, *final_runs(experiment, chosen, seeds, cells))
     return Record(
         experiment=name,
         title=experiment.title,
@@ -58,25 +50,41 @@ def compare(name: str, experiment: Experiment, seeds: Sequence[int], cells: Cell
     )
 
 
-def tune(experiment: Experiment, cells: Cells) -> tuple[Run, ...]:
-    """Every candidate of the algorithms that have more than one."""
-    wanted = {
-        (algorithm, i, seed): tuning_overrides(experiment, algorithm, i, seed)
-        for algorithm in experiment.algorithms
-        if len(algorithm.candidates) > 1
-        for i in range(len(algorithm.candidates))
+def tuned(experiment: Experiment) -> list[Algorithm]:
+    """The algorithms that have something to choose."""
+    return [algorithm for algorithm in experiment.algorithms if len(algorithm.candidates) > 1]
+
+
+def tuning_runs(experiment: Experiment, cells: Cells) -> list[Run]:
+    """Every candidate with every tuning seed."""
+    cases = [
+        (algorithm, candidate, seed)
+        for algorithm in tuned(experiment)
+        for candidate in range(len(algorithm.candidates))
         for seed in TUNING_SEEDS
-    }
-    titles = {key: f"tuning {key[0].name}, {' '.join(key[0].candidates[key[1]])}, seed {key[2]}" for key in wanted}
-    if wanted:
-        print(f"{len(wanted)} tuning runs", flush=True)
-    ended = cells.run({titles[key]: overrides for key, overrides in wanted.items()}) if wanted else {}
-    return tuple(_run("tuning", key[0].name, key[1], key[2], ended[titles[key]]) for key in wanted)
+    ]
+    titles = [f"tuning {a.name}, {' '.join(a.candidates[i])}, seed {seed}" for a, i, seed in cases]
+    ended = cells.run({t: tuning_overrides(experiment, *case) for t, case in zip(titles, cases, strict=True)})
+    return [
+        _run("tuning", algorithm.name, candidate, seed, ended[title])
+        for title, (algorithm, candidate, seed) in zip(titles, cases, strict=True)
+    ]
 
 
-def _run(phase: str, arm: str, candidate: int, seed: int, ended: Ended) -> Run:
+def final_runs(experiment: Experiment, chosen: Mapping[str, int], seeds: Sequence[int], cells: Cells) -> list[Run]:
+    """Every arm with every seed; one seed of all arms before the next, so that what is stopped has whole seeds."""
+    cases = [(arm, chosen[arm.algorithm.name], seed) for seed in seeds for arm in experiment.arms]
+    titles = [f"{arm.name}, seed {seed}" for arm, _, seed in cases]
+    ended = cells.run({t: final_overrides(experiment, *case) for t, case in zip(titles, cases, strict=True)})
+    return [
+        _run("final", arm.name, candidate, seed, ended[title])
+        for title, (arm, candidate, seed) in zip(titles, cases, strict=True)
+    ]
+
+
+def _run(phase: Phase, arm: str, candidate: int, seed: int, ended: Ended) -> Run:
     return Run(
-        phase="tuning" if phase == "tuning" else "final",
+        phase=phase,
         arm=arm,
         candidate=candidate,
         seed=seed,
@@ -84,7 +92,7 @@ def _run(phase: str, arm: str, candidate: int, seed: int, ended: Ended) -> Run:
         commit=ended.commit,
         date=ended.date,
         seconds=ended.seconds,
-        outcome="diverged" if ended.outcome == "diverged" else "finished",
+        outcome=ended.outcome,
         curve=ended.curve,
     )
 

@@ -15,6 +15,8 @@ SELECTION = (
     " of equals the first"
 )
 
+Phase = Literal["tuning", "final"]
+Outcome = Literal["finished", "diverged"]
 Curve = tuple[tuple[int, float], ...]
 """(generations, held-out accuracy), rising."""
 
@@ -23,7 +25,7 @@ Curve = tuple[tuple[int, float], ...]
 class Run:
     """One finished cell. ``commit`` is the code that ran it; ``seconds`` is the wall time of its last start."""
 
-    phase: Literal["tuning", "final"]
+    phase: Phase
     arm: str
     """The algorithm's name in a tuning run."""
     candidate: int
@@ -32,7 +34,7 @@ class Run:
     commit: str
     date: str
     seconds: float
-    outcome: Literal["finished", "diverged"]
+    outcome: Outcome
     curve: Curve
 
 

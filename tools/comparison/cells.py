@@ -19,9 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
+import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from comparison.analysis import Curve
+from comparison.analysis import Curve, Outcome
 from comparison.experiments import LAYOUT, RECIPE, Overrides
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import Config
@@ -49,8 +50,8 @@ class Ended:
     commit: str
     date: str
     seconds: float
-    outcome: str
-    """finished or diverged: weights or log-probs that are not finite."""
+    outcome: Outcome
+    """diverged: the run ended because weights or log-probs were not finite."""
     curve: Curve
 
 
@@ -127,13 +128,13 @@ class Cells:
         path = self._work / name / "cell.json"
         if not path.exists():
             return None
-        told = json.loads(path.read_text())
-        curve = tuple((generations, accuracy) for generations, accuracy in told["curve"])
-        return Ended(**{**told, "overrides": tuple(told["overrides"]), "curve": curve})
+        return msgspec.json.decode(path.read_bytes(), type=Ended)
 
     def _run(self, name: str, overrides: Overrides) -> Ended:
         folder, run_dir = self._work / name, self._work / name / "run"
         self._wait_for_orphan(run_dir)
+        if (told := self._ended(name)) is not None:  # another tool's, which works in the same folder
+            return told
         self._forget_other_code(folder)
         run_dir.mkdir(parents=True, exist_ok=True)
         (folder / "commit").write_text(self._commit)
@@ -152,7 +153,7 @@ class Cells:
         seconds = round(time.perf_counter() - began, 1)
         ended = Ended(overrides, self._commit, date, seconds, "finished" if code == 0 else "diverged", curve)
         temporary = folder / "cell.tmp"
-        temporary.write_text(json.dumps(asdict(ended)))
+        temporary.write_bytes(msgspec.json.encode(ended))
         temporary.replace(folder / "cell.json")
         return ended
 
