@@ -136,7 +136,7 @@ def test_a_mistake_before_an_option_and_after_it_is_refused_alike(tmp_path: Path
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     words = refusal(tmp_path, "train", "maxipipe")
-    assert "there is no recipe 'maxipipe'" in words and "minipipe, minipipe-grpo" in words
+    assert "there is no recipe 'maxipipe'" in words and "minipipe, minipipe-discovery, minipipe-grpo" in words
 
 
 def without(name: str) -> Callable[[Path], None]:

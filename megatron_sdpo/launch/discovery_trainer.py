@@ -6,8 +6,9 @@ from pathlib import Path
 from megatron_sdpo import config as configuration
 from megatron_sdpo.discovery import discover
 from megatron_sdpo.launch.run_dir import RunDir
-from megatron_sdpo.launch.trainer import COLLECTIVE_TIMEOUT_S, SharedCoordinator, connect, publisher_for
+from megatron_sdpo.launch.trainer import COLLECTIVE_TIMEOUT_S, SharedCoordinator, connect, kept, publisher_for
 from megatron_sdpo.mcore import groups as parallel
+from megatron_sdpo.mcore.finite import NonFiniteError
 from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.rollout import lifeline
 from megatron_sdpo.types import Batch
@@ -36,7 +37,10 @@ def run(run_dir: RunDir) -> None:
     learner = Learner(config, groups)
     client = connect(run_dir, config, token, groups)
     publisher = publisher_for(learner, run_dir, config, token)
-    discover(SharedTrials(client, groups), learner, publisher)
+    try:
+        discover(SharedTrials(client, groups), learner, publisher)
+    except NonFiniteError as failure:
+        raise kept(failure, run_dir, groups) from failure
     publisher.close()
     parallel.shutdown()
 
