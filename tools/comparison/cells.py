@@ -72,7 +72,10 @@ def cell_config(overrides: Overrides) -> Config:
 
 
 def cell_name(overrides: Overrides) -> str:
-    """The same for the same experiment however it is spelled: a digest of the resolved configuration."""
+    """The same for the same experiment however it is spelled: a digest of the resolved configuration.
+
+    A new configuration key gives every cell a new name, so results never mix what a key did not exist for.
+    """
     config = cell_config(overrides)
     model = replace(config.model, path=Path(config.model.path).name)
     resolved = asdict(replace(config, name="", run_dir="", model=model))
