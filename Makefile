@@ -21,6 +21,9 @@ INSTALL := $(BIN)/python -m pip install --no-compile --disable-pip-version-check
 # a name alone is not enough: version managers leave shims that fail, and Debian splits venv off
 USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 
+# Byte code is kept, whatever the shell says: a run starts a dozen processes, and each would compile torch and SGLang anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo test test-slow lint bench clean
 
 help: ## list the targets
