@@ -55,6 +55,7 @@ def train(arguments: argparse.Namespace) -> None:
     """Preflight, all roles, report."""
     config = _config(arguments)
     check_run(config)
+    RunDir(Path(config.run_dir)).check_kind(discovery=False)
     RunDir(Path(config.run_dir)).check_resumable(config)
     if arguments.dry_run:
         print(json.dumps(dataclasses.asdict(config), indent=2))
@@ -81,6 +82,7 @@ def discover(arguments: argparse.Namespace) -> None:
     config = _discovery_config(arguments)
     check_run(config)
     run_dir = RunDir(Path(config.run_dir))
+    run_dir.check_kind(discovery=True)
     run_dir.check_resumable(config)
     if arguments.dry_run:
         print(json.dumps(dataclasses.asdict(config), indent=2))

@@ -127,6 +127,9 @@ def test_a_discovery_may_be_continued_with_more_seeds_but_not_with_another_budge
     assert "holds a run with discovery.budget=1024, not 512" in refusal(tmp_path, *command, "discovery.budget=512")
     done = run(tmp_path, *command, "discovery.seeds=5", "--methods=sdpo", "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
+    assert "holds a discovery, not a training run" in refusal(tmp_path, "train", *command[1:])
+    (run_dir.attempts / "sdpo" / "step-00000001.jsonl").rename(run_dir.attempts / "step-00000001.jsonl")
+    assert "holds a training run, not a discovery" in refusal(tmp_path, *command)
 
 
 def test_a_mistake_before_an_option_and_after_it_is_refused_alike(tmp_path: Path) -> None:

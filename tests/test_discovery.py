@@ -13,7 +13,7 @@ from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config, DiscoveryConfig, RolloutConfig
 from megatron_sdpo.discovery import Trials, discover, first_version
 from megatron_sdpo.discovery.baselines import Memory
-from megatron_sdpo.discovery.progress import trial_words
+from megatron_sdpo.discovery.progress import Console, trial_words
 from megatron_sdpo.discovery.record import Exchange, Trial, TrialFiles, TrialId, planned
 from megatron_sdpo.rollout.client import EngineClient
 from megatron_sdpo.rollout.journal import JournalError
@@ -305,6 +305,18 @@ def test_trials_are_read_back_and_a_damaged_one_is_named(tmp_path: Path) -> None
     (tmp_path / "sdpo-q0003-s1.json").write_text("{")
     with pytest.raises(ValueError, match=r"sdpo-q0003-s1\.json is not a finished trial"):
         files.all()
+
+
+def test_without_a_terminal_each_finished_trial_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(total=12, done=8, budget=16)
+    for question, first in ((3, 7), (4, None)):
+        console.reached(TrialId("sdpo", question, 1), 8)
+        console.finished(Trial(TrialId("sdpo", question, 1), QUESTIONS[0], 16, 0, first, (), ()))
+    console.close()
+    assert capsys.readouterr().out == (
+        " 9/12  sdpo          train/0  seed 1  solved at attempt 7\n"
+        "10/12  sdpo          train/0  seed 1  not solved in 16 attempts\n"
+    )
 
 
 def test_more_seeds_leave_the_numbers_of_earlier_trials() -> None:

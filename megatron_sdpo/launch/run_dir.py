@@ -106,6 +106,16 @@ class RunDir:
         if self.config.exists() and self.has_progress():
             _check_same_run(configuration.load(self.config), config, self.path)
 
+    def check_kind(self, discovery: bool) -> None:
+        """Refuse to train where a discovery is, and the other way round (ConfigError): they would share a journal."""
+        trained = any(self.attempts.glob("step-*.jsonl")) or (
+            self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        )
+        discovered = any(self.attempts.glob("*/*.jsonl"))
+        if trained if discovery else discovered:
+            held, wanted = ("a training run", "a discovery") if discovery else ("a discovery", "a training run")
+            raise ConfigError(f"{self.path} holds {held}, not {wanted}; set another run_dir")
+
     def report_failure(self, role: str, failure: BaseException) -> None:
         """Leave the words of a role's first failure for whoever started it (``failure_of``)."""
         while isinstance(failure, BaseExceptionGroup):

@@ -172,6 +172,11 @@ def _question_rows(questions: Sequence[Question], methods: Sequence[Method]) -> 
     return rows
 
 
+def _words(name: str) -> str:
+    """``multi_turn-3`` -> ``multi-turn, memory 3``"""
+    return {SDPO: "SDPO", BEST_OF_K: "best of k"}.get(name, name.replace("multi_turn-", "multi-turn, memory "))
+
+
 def _figure(methods: Sequence[Method], budget: int) -> Figure:
     figure = Figure(figsize=(8.2, 4.8), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
     ax = figure.subplots()
@@ -183,7 +188,7 @@ def _figure(methods: Sequence[Method], budget: int) -> Figure:
         mean, low, high = (
             [float(c[k - 1]) for k in ks] for c in (method.curve.mean, method.curve.low, method.curve.high)
         )
-        ax.plot(ks, mean, color=colour, label=method.name.replace("_", " "), drawstyle="steps-post")
+        ax.plot(ks, mean, color=colour, label=_words(method.name), drawstyle="steps-post")
         ax.fill_between(ks, low, high, color=colour, alpha=0.15, linewidth=0, step="post")
     ax.axhline(HALF, color=COLOURS[6], linewidth=0.8, linestyle=":")
     ax.set_xscale("log", base=2)
