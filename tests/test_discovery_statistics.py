@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sdpo.discovery.statistics import (
+    Curve,
     Independent,
     Sequential,
     discovery_curve,
@@ -71,6 +72,11 @@ def test_the_interval_holds_the_mean_narrows_with_questions_and_is_the_same_each
     assert np.all(one.low <= one.mean) and np.all(one.mean <= one.high)
     assert np.all(np.diff(one.mean) >= 0)
     assert many.high[4] - many.low[4] < 0.5 * (one.high[4] - one.low[4])
+
+
+def test_a_picture_needs_only_the_k_at_which_something_moves() -> None:
+    line = np.array([0.0, 0.0, 0.5, 0.5, 0.5, 0.5])
+    assert Curve(line, np.zeros(6), np.array([0.0, 0.0, 0.5, 0.5, 1.0, 1.0])).changes() == [1, 3, 5, 6]
 
 
 def test_seeds_are_drawn_within_a_question() -> None:

@@ -63,6 +63,12 @@ class Curve:
     low: Floats
     high: Floats
 
+    def changes(self) -> list[int]:
+        """The k that show the curve and its bounds as steps: 1, each k at which one of them moves, the budget."""
+        lines = np.stack([self.mean, self.low, self.high])
+        moved = np.flatnonzero(np.any(np.diff(lines) != 0.0, axis=0)) + 2
+        return sorted({1, *moved.tolist(), self.mean.size})
+
     def attempts_to(self, share: float) -> int | None:
         """The smallest k whose discovery@k is at least ``share``; None within the budget."""
         return _attempts_to(self.mean, share)

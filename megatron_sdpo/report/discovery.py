@@ -184,7 +184,7 @@ def _figure(methods: Sequence[Method], budget: int) -> Figure:
     order = [SDPO, BEST_OF_K, *sorted({m.name for m in methods} - {SDPO, BEST_OF_K})]
     for method in methods:
         colour = COLOURS[order.index(method.name) % len(COLOURS)]
-        ks = drawn_at(budget)
+        ks = method.curve.changes()
         mean, low, high = (
             [float(c[k - 1]) for k in ks] for c in (method.curve.mean, method.curve.low, method.curve.high)
         )
