@@ -17,8 +17,12 @@ from megatron_sdpo.types import Group
 from tests.launch import ROOT
 from tests.test_end_to_end import assert_gone
 
-QUESTIONS = (
-    {"id": "easy/0", "prompt": "keep odd, sort", "payload": {"operations": [["odd", None], ["sort", None]]}},
+QUESTIONS = (  # the first takes several steps, so that a kill finds its trial on the way
+    {
+        "id": "hard/0",
+        "prompt": "keep over 1, reverse, sort, item 2",
+        "payload": {"operations": [["gt", 1], ["rev", None], ["sort", None], ["item", 2]]},
+    },
     {"id": "easy/1", "prompt": "keep over 2, sum", "payload": {"operations": [["gt", 2], ["sum", None]]}},
 )
 
