@@ -156,6 +156,11 @@ def _discovery_config(arguments: argparse.Namespace) -> Config:
     if arguments.methods is not None:
         given["discovery.methods"] = json.dumps([name for name in arguments.methods.split(",") if name])
     arguments.overrides = [f"{k}={v}" for k, v in given.items() if v is not None] + arguments.overrides
+    if any(override.startswith("steps=") for override in arguments.overrides):
+        raise ConfigError(
+            "the steps of a trial are discovery.budget / rollout.attempts_per_prompt; set discovery.budget instead of"
+            " steps"
+        )
     config = _config(arguments)
     configuration.check_discovery(config)
     return dataclasses.replace(config, steps=config.discovery.budget // config.rollout.attempts_per_prompt)
