@@ -1,16 +1,14 @@
 """The coordinator's process: ``python -m megatron_sdpo.launch.coordinator RUN_DIR``."""
 
 import asyncio
-import sys
-from pathlib import Path
 
 from megatron_sdpo import config as configuration
 from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config
 from megatron_sdpo.evaluate import evaluate
+from megatron_sdpo.launch.role import play
 from megatron_sdpo.launch.run_dir import RunDir, wait_for
 from megatron_sdpo.loop import make_batch
-from megatron_sdpo.rollout import lifeline
 from megatron_sdpo.rollout.client import EngineClient
 from megatron_sdpo.rollout.fleet import read_address
 from megatron_sdpo.rollout.journal import Journal
@@ -75,15 +73,5 @@ async def run(run_dir: RunDir) -> None:
         )
 
 
-def main() -> None:
-    lifeline.tie_to_parent()
-    run_dir = RunDir(Path(sys.argv[1]))
-    try:
-        asyncio.run(run(run_dir))
-    except Exception as failure:
-        run_dir.report_failure("coordinator", failure)
-        raise
-
-
 if __name__ == "__main__":
-    main()
+    play("coordinator", lambda run_dir: asyncio.run(run(run_dir)))

@@ -1,16 +1,13 @@
 """A trainer rank's process of a discovery: ``torchrun ... -m megatron_sdpo.launch.discovery_trainer RUN_DIR``."""
 
-import sys
-from pathlib import Path
-
 from megatron_sdpo import config as configuration
 from megatron_sdpo.discovery import discover
+from megatron_sdpo.launch.role import play
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.launch.trainer import COLLECTIVE_TIMEOUT_S, SharedCoordinator, connect, kept, publisher_for
 from megatron_sdpo.mcore import groups as parallel
 from megatron_sdpo.mcore.finite import NonFiniteError
 from megatron_sdpo.mcore.learner import Learner
-from megatron_sdpo.rollout import lifeline
 from megatron_sdpo.types import Batch
 
 
@@ -46,10 +43,4 @@ def run(run_dir: RunDir) -> None:
 
 
 if __name__ == "__main__":
-    lifeline.tie_to_parent()
-    here = RunDir(Path(sys.argv[1]))
-    try:
-        run(here)
-    except Exception as failure:
-        here.report_failure("trainer", failure)
-        raise
+    play("trainer", run)

@@ -1,6 +1,5 @@
 """A trainer rank's process: ``torchrun ... -m megatron_sdpo.launch.trainer RUN_DIR``."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch.distributed as dist
 
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import Config
+from megatron_sdpo.launch.role import play
 from megatron_sdpo.launch.run_dir import RunDir, wait_for
 from megatron_sdpo.loop import train
 from megatron_sdpo.mcore import checkpoint
@@ -18,7 +18,6 @@ from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import canonical_parameters, save_hf
 from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.reshard.publish import Publisher
-from megatron_sdpo.rollout import lifeline
 from megatron_sdpo.rollout.control import EngineControl
 from megatron_sdpo.rollout.fleet import read_engines
 from megatron_sdpo.rollout.wire import Argument, CoordinatorClient, Kind
@@ -141,10 +140,4 @@ def _read(path: Path) -> str | None:
 
 
 if __name__ == "__main__":  # checkpoint writers start a process which imports this module again
-    lifeline.tie_to_parent()
-    here = RunDir(Path(sys.argv[1]))
-    try:
-        run(here)
-    except Exception as failure:
-        here.report_failure("trainer", failure)
-        raise
+    play("trainer", run)
