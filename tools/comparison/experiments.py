@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 RECIPE, LAYOUT = "minipipe", "tp1"
 ATTEMPTS_PER_STEP = 128
-EVALUATE_EVERY = 4
-"""Steps; 512 generations."""
-TUNING_SEEDS = (100,)
+EVALUATE_EVERY = 2
+"""Steps; 256 generations."""
+TUNING_SEEDS = (100, 101)
 COMMON = ("optim.lr_decay=linear", "optim.min_lr_ratio=0.1", "checkpoint.every=14")
 """Of every cell. The decay is the same for all; it is not tuned."""
 
@@ -96,11 +96,16 @@ def _settings(lr: str, mini_batches: int = 1, *more: str) -> Overrides:
 
 
 _STD = "objective.advantage_std=true"
-_SDPO_GRID = (*map(_settings, ("1e-3", "2e-3", "4e-3")), _settings("5e-4", 4), _settings("1e-3", 4))
+_SDPO_GRID = (
+    *map(_settings, ("2e-3", "4e-3")),
+    *(_settings(lr, 4) for lr in ("1e-3", "2e-3", "4e-3")),
+    *(_settings(lr, 8) for lr in ("5e-4", "1e-3", "2e-3")),
+)
 _GRPO_GRID = (
-    *map(_settings, ("5e-4", "1e-3", "2e-3", "4e-3")),
-    *(_settings(lr, 4) for lr in ("5e-4", "1e-3")),
-    _settings("5e-4", 4, _STD),
+    *map(_settings, ("1e-3", "2e-3", "4e-3")),
+    *(_settings(lr, 4) for lr in ("1e-3", "2e-3", "4e-3")),
+    *(_settings(lr, 8) for lr in ("5e-4", "1e-3", "2e-3")),
+    *(_settings(lr, mini_batches, _STD) for lr, mini_batches in (("1e-3", 4), ("1e-3", 8))),
 )
 SDPO = Algorithm("SDPO", ("objective.kind=sdpo",), _SDPO_GRID)
 GRPO = Algorithm("GRPO", ("objective.kind=grpo",), _GRPO_GRID)
@@ -111,7 +116,8 @@ SDPO_UNTUNED = Algorithm("SDPO, recipe's settings", ("objective.kind=sdpo",), (_
 
 def _hybrid(share: str) -> Arm:
     overrides = ("objective.kind=hybrid", f"objective.grpo_share={share}")
-    return Arm(f"GRPO share {share}", Algorithm(f"hybrid {share}", overrides, tuple(map(_settings, ("1e-3", "2e-3")))))
+    candidates = _settings("1e-3", 4), _settings("2e-3", 4), _settings("1e-3", 8)
+    return Arm(f"GRPO share {share}", Algorithm(f"hybrid {share}", overrides, candidates))
 
 
 def _variants(algorithm: Algorithm, arms: Mapping[str, Sequence[str]]) -> tuple[Arm, ...]:
