@@ -6,8 +6,8 @@ head's three matrix products and nothing twice; its backward pass only hands out
 ``fused_divergence`` gives a value per token, whose upstream gradient is not known before the backward pass: this
 makes the logits again, a fourth product.
 
-Alive at one time: the logits of one chunk and their gradient, wide copies of some rows (``divergence.BLOCK``), the
-gradient of the head in fp32 and that of the hidden states.
+Alive at one time: the logits of one chunk, over which their gradient is written where the loss allows it, wide copies
+of some rows (``vocabulary.BLOCK``), the gradient of the head in fp32 and that of the hidden states.
 
 Axes as in divergence.py; ``H`` hidden size, ``C`` the tokens of a chunk. The head's rows are this rank's share of
 the vocabulary, the hidden states are whole on every rank of the group, and their gradient is summed over it.
@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_sdpo.divergence import bin_log_probs, divergence
+from megatron_sdpo.divergence import divergence
+from megatron_sdpo.vocabulary import Reading, read
 
 CHUNK = 1024
 """Tokens of a chunk where nobody says otherwise."""
@@ -73,10 +74,10 @@ def fused_loss(
 ) -> tuple[Tensor, list[R]]:
     """The sum over chunks of a loss of logits, with gradient to ``hidden_TH`` and the head; and each chunk's rest.
 
-    ``loss_of(logits_CV, rows) -> (scalar, anything)`` must be additive over tokens and keep no logits; autograd is
-    on where it is called, and its collectives are done when the forward pass returns. T = 0 is one empty chunk, a
-    zero with zero gradients. The backward pass may run once (``RuntimeError`` after that): it scales the gradients
-    that it hands out in place.
+    ``loss_of(logits_CV, rows) -> (scalar, anything)`` must be additive over tokens and keep no logits; its backward
+    pass may overwrite them. Autograd is on where it is called, and its collectives are done when the forward pass
+    returns. T = 0 is one empty chunk, a zero with zero gradients. The backward pass may run once (``RuntimeError``
+    after that): it scales the gradients that it hands out in place.
     """
     loss, rests, gradients = _differentiated(hidden_TH.detach(), head, loss_of)
     return _Known.apply(hidden_TH, head.weight_VH, loss, gradients, head), rests
@@ -106,9 +107,9 @@ def fused_divergence(
         )
     head = Head(head_VH, temperature, group, chunk)
 
-    def values(logits_CV: Tensor, rows: slice, bins: tuple[Tensor, Tensor]) -> Tensor:
+    def values(logits_CV: Tensor, rows: slice, found: Reading) -> Tensor:
         teacher_CK = teacher_log_probs_TK[rows]
-        return divergence(logits_CV, ids_TK[rows], teacher_CK, alpha, tail, group, advantage_bounds, bins)
+        return divergence(logits_CV, ids_TK[rows], teacher_CK, alpha, tail, group, advantage_bounds, found, True)
 
     return _FusedDivergence.apply(hidden_TH, head_VH, ids_TK, head, values)
 
@@ -189,18 +190,18 @@ class _Known(torch.autograd.Function):
 
 
 class _FusedDivergence(torch.autograd.Function):
-    """hidden [T, H], weight [V, H] -> ``values(logits, rows, bins)`` [T], and the logits again in the backward pass."""
+    """hidden [T, H], weight [V, H] -> ``values(logits, rows, reading)`` [T]; backward makes the logits again."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, ids_TK: Tensor, head: Head, values: Callable[..., Tensor]
     ) -> Tensor:
         def of_logits(logits_CV: Tensor, rows: slice) -> tuple[Tensor, ...]:
-            bins = bin_log_probs(logits_CV, ids_TK[rows], head.group)
-            return values(logits_CV, rows, bins), *bins
+            found = read(logits_CV, ids_TK[rows], head.group)
+            return values(logits_CV, rows, found), found.log_probs_TB, found.tail_T
 
-        values_T, *bins = scored(hidden_TH, head, of_logits)
-        ctx.save_for_backward(hidden_TH, weight_VH, *bins)
+        values_T, *found = scored(hidden_TH, head, of_logits)
+        ctx.save_for_backward(hidden_TH, weight_VH, *found)
         ctx.head, ctx.values = head, values
         return values_T
 
@@ -210,7 +211,7 @@ class _FusedDivergence(torch.autograd.Function):
         hidden_TH, _, log_probs_TB, tail_T = ctx.saved_tensors
 
         def loss_of(logits_CV: Tensor, rows: slice) -> tuple[Tensor, None]:
-            values_C = ctx.values(logits_CV, rows, (log_probs_TB[rows], tail_T[rows]))
+            values_C = ctx.values(logits_CV, rows, Reading(log_probs_TB[rows], tail_T[rows]))
             return (upstream_T[rows] * values_C).sum(), None
 
         loss, _, gradients = _differentiated(hidden_TH, ctx.head, loss_of)

@@ -4,7 +4,7 @@ The loss of a mini-batch is one plain weighted sum over its response tokens,
 
     L = sum_i w_i sum_t loss_it
 
-and everything about aggregation is in the weights, which ``token_weights`` makes once from the counts of
+and everything about aggregation is in the weights, which ``credit.token_weights`` makes once from the counts of
 the whole mini-batch. So any split into micro-batches, ranks or packings gives the same loss and the same
 gradient when their sums are added; nobody divides again. The hybrid adds two such sums, each with the weights
 that it has alone: samples without a teacher context count in GRPO's and not in SDPO's.
@@ -21,8 +21,6 @@ one more split of the same sum.
 """
 
 import dataclasses
-import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,16 +29,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sdpo.config import ObjectiveConfig
-from megatron_sdpo.divergence import LOG_FLOOR, divergence, entropy, full_divergence, sampled_log_probs
+from megatron_sdpo.credit import sampled_advantages
+from megatron_sdpo.divergence import divergence, full_divergence
 from megatron_sdpo.fused import Head, fused_loss
+from megatron_sdpo.vocabulary import Reading, read, sampled_log_probs
 
 Metrics = dict[str, Tensor]
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to this before exp; e^20 is far beyond every cap in use."""
 
-STD_FLOOR = 1e-6
-"""Added to a group's standard deviation, which is zero when all rewards are equal."""
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """How the logits' vocabulary is held. Example: ``Vocabulary()`` is whole, in logits that somebody else needs."""
+
+    group: dist.ProcessGroup | None = None
+    """Ranks that share it."""
+    overwrite: bool = False
+    """The backward pass may write the gradient over the logits (``vocabulary.BinLogProbs``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +62,7 @@ class TokenTargets:
     response_ids_T: Tensor
     """int64, the tokens that were sampled; these the logits of their rows predict."""
     weights_T: Tensor
-    """The weight w_i of each token's sample, from ``token_weights``; in the hybrid, its weight in SDPO's sum."""
+    """The weight w_i of each token's sample, from ``credit.token_weights``; in the hybrid, its weight in SDPO's sum."""
     old_log_probs_T: Tensor | None = None
     engine_log_probs_T: Tensor | None = None
     support_ids_TK: Tensor | None = None
@@ -71,7 +78,7 @@ class TokenTargets:
     reference_log_probs_T: Tensor | None = None
     """GRPO with a penalty: log-probs of the sampled tokens under the reference."""
     teacher_advantages_T: Tensor | None = None
-    """SDPO with one advantage a sequence: that of each token's sample, from ``sequence_advantages``."""
+    """SDPO with one advantage a sequence: that of each token's sample, from ``credit.sequence_advantages``."""
     policy_weights_T: Tensor | None = None
     """hybrid: the weight of each token's sample in GRPO's sum."""
 
@@ -79,113 +86,6 @@ class TokenTargets:
         """The targets of some positions; ``index`` int64, or a slice."""
         present = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return dataclasses.replace(self, **{name: x[index] for name, x in present.items() if x is not None})
-
-
-def token_weights(response_lengths: Sequence[int], has_target: Sequence[bool], config: ObjectiveConfig) -> list[float]:
-    """The weight of every response token of each sample, from the whole mini-batch.
-
-    ``has_target`` is False for a sample that must not train (SDPO: no teacher context; ``without_target``);
-    its weight is 0.
-    token_mean gives 1 / (tokens), sequence_mean 1 / (sequences * own tokens); which samples are counted in
-    the denominator says ``config.masked_in_denominator``. An empty response is a sequence without tokens.
-
-    Example: lengths 2 and 6, the second masked: token_mean [0.5, 0.0], sequence_mean [0.25, 0.0].
-    """
-    count_masked = config.masked_in_denominator
-    if count_masked is None:
-        count_masked = config.aggregation == "sequence_mean"
-    samples = list(zip(response_lengths, has_target, strict=True))
-    counted = [length for length, target in samples if target or count_masked]
-    tokens, sequences = sum(counted), len(counted)
-    return [
-        0.0
-        if not target or length == 0
-        else 1.0 / (tokens if config.aggregation == "token_mean" else sequences * length)
-        for length, target in samples
-    ]
-
-
-def without_target(
-    rewards: Sequence[float], groups: Sequence[int], success: float, config: ObjectiveConfig
-) -> tuple[list[bool], list[bool]]:
-    """Which samples the rewards keep from training at all, and which from learning of the teacher.
-
-    ``success`` is the reward from which an attempt is successful. The first are attempts at saturated
-    questions (``stop_at_saturation``), the second these and, with failed_only, the successful attempts. The
-    rates are those of the whole generation batch, also when it is dealt to several mini-batches.
-
-    Example: rewards 1, 1, 0 and 1, 0, 0 of two groups, saturation 0.6: the first three, and these.
-    """
-    limit, rates = config.stop_at_saturation, _success_rates(rewards, groups, success)
-    stopped = [limit is not None and rates[group] >= limit for group in groups]
-    failed_only = config.sample_weighting == "failed_only"
-    return stopped, [stop or (failed_only and reward >= success) for stop, reward in zip(stopped, rewards, strict=True)]
-
-
-def question_factors(
-    rewards: Sequence[float], groups: Sequence[int], success: float, config: ObjectiveConfig
-) -> list[float]:
-    """What question_difficulty multiplies the weight of each sample by; otherwise one.
-
-    sqrt(p (1 - p)) of the question's success rate p, divided by its mean over the questions, each counted once.
-    When no question is between never and always solved, nothing is learned: all factors are zero.
-
-    Example: two groups, one half solved, one never: 2 and 0.
-    """
-    if config.sample_weighting != "question_difficulty":
-        return [1.0] * len(rewards)
-    spread = {group: math.sqrt(rate * (1.0 - rate)) for group, rate in _success_rates(rewards, groups, success).items()}
-    mean = math.fsum(spread.values()) / max(1, len(spread))
-    return [spread[group] / mean if mean else 0.0 for group in groups]
-
-
-def confidence_factors(entropy_T: Tensor, beta: float) -> Tensor:
-    """What teacher_confidence multiplies the weight of each token by: exp(-beta * entropy of the teacher, nats)."""
-    return (-beta * entropy_T).exp()
-
-
-def _success_rates(rewards: Sequence[float], groups: Sequence[int], success: float) -> dict[int, float]:
-    members: defaultdict[int, list[bool]] = defaultdict(list)
-    for reward, group in zip(rewards, groups, strict=True):
-        members[group].append(reward >= success)
-    return {group: sum(successes) / len(successes) for group, successes in members.items()}
-
-
-def advantages(rewards: Sequence[float], groups: Sequence[int], std: bool) -> list[float]:
-    """GRPO's advantage of each sample: its reward minus the mean of its group.
-
-    ``std`` also divides by the group's sample standard deviation. A group of one has advantage 0.
-
-    Example: rewards 1, 0, 0, 0 of one group: 0.75, -0.25, -0.25, -0.25.
-    """
-    members: defaultdict[int, list[float]] = defaultdict(list)
-    for reward, group in zip(rewards, groups, strict=True):
-        members[group].append(reward)
-    mean = {group: math.fsum(values) / len(values) for group, values in members.items()}
-    scale = dict.fromkeys(members, 1.0)
-    if std:
-        for group, values in members.items():
-            squares = math.fsum((value - mean[group]) ** 2 for value in values)
-            scale[group] = math.sqrt(squares / max(1, len(values) - 1)) + STD_FLOOR
-    return [(reward - mean[group]) / scale[group] for reward, group in zip(rewards, groups, strict=True)]
-
-
-def sampled_advantages(log_probs_T: Tensor, teacher_log_probs_T: Tensor, bounds: tuple[float, float] | None) -> Tensor:
-    """SDPO's advantage of each sampled token, log q(y) - log p(y), within ``bounds``; an impossible token has e^-10000.
-
-    Example: student 1/2, teacher 1/4: -log 2, the token is pushed down.
-    """
-    advantages_T = teacher_log_probs_T.clamp(min=LOG_FLOOR) - log_probs_T.clamp(min=LOG_FLOOR)
-    return advantages_T if bounds is None else advantages_T.clamp(*bounds)
-
-
-def sequence_advantages(advantages_T: Tensor, response_lengths: Sequence[int]) -> Tensor:
-    """The mean over each response, at each of its tokens; responses lie end to end.
-
-    Example: advantages 1, 3, 5 of lengths 2 and 1: 2, 2, 5.
-    """
-    responses = advantages_T.split(list(response_lengths)) if response_lengths else ()
-    return torch.cat([advantages_T[:0], *(response_R.mean().expand_as(response_R) for response_R in responses)])
 
 
 def loss_of_hidden(
@@ -201,13 +101,15 @@ def loss_of_hidden(
     zero never meet a head.
     """
     hidden_TH, targets = _kept(hidden_TH, targets, _counted(targets, config))
+    vocabulary = Vocabulary(head.group, overwrite=config.kind != "hybrid")  # whose two terms read the logits backward
+    whole = config.has_teacher and config.support == "vocabulary"
 
     def loss_of(logits_CV: Tensor, rows: slice) -> tuple[Tensor, Metrics]:
         chunk = targets.rows(rows)
-        if teacher_head is not None and chunk.teacher_hidden_TH is not None:
+        if whole and teacher_head is not None and chunk.teacher_hidden_TH is not None:
             with torch.no_grad():
                 chunk = dataclasses.replace(chunk, teacher_logits_TV=teacher_head.logits(chunk.teacher_hidden_TH))
-        return _weighted_sum(logits_CV, chunk, config, head.group)
+        return _weighted_sum(logits_CV, chunk, config, vocabulary)
 
     value, metrics = fused_loss(hidden_TH, head, loss_of)
     return value, combined(metrics)
@@ -234,20 +136,19 @@ def loss(
     same for every micro-batch of a run; in the hybrid a token without a target adds nothing to SDPO's sums.
     ``ValueError`` when ``targets`` lacks what the kind needs.
     """
-    return _weighted_sum(*_kept(logits_TV, targets, _counted(targets, config)), config, group)
+    return _weighted_sum(*_kept(logits_TV, targets, _counted(targets, config)), config, Vocabulary(group))
 
 
 def _weighted_sum(
-    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
+    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, vocabulary: Vocabulary
 ) -> tuple[Tensor, Metrics]:
     """``loss`` of tokens that all have a weight."""
     if config.kind == "hybrid":
-        value, metrics = _hybrid(logits_TV, targets, config, group)
+        value, metrics = _hybrid(logits_TV, targets, config, vocabulary)
     else:
-        values_T, metrics = _TOKEN_LOSSES[config.kind](logits_TV, targets, config, group)
+        values_T, metrics = _TOKEN_LOSSES[config.kind](logits_TV, targets, config, vocabulary)
         value = (targets.weights_T * values_T).sum()
     metrics["loss/tokens"] = torch.tensor(float(logits_TV.shape[0]), device=logits_TV.device)
-    metrics["loss/entropy"] = entropy(logits_TV, group).float().sum()
     return value, metrics
 
 
@@ -270,22 +171,22 @@ def _kept(rows_T: Tensor, targets: TokenTargets, kept_T: Tensor) -> tuple[Tensor
 
 
 def _hybrid(
-    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
+    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, vocabulary: Vocabulary
 ) -> tuple[Tensor, Metrics]:
     """``grpo_share`` of GRPO's weighted sum and the rest of SDPO's (paper eq. 3); a share of 0 or 1 leaves one."""
     policy_weights_T = _needed(targets.policy_weights_T, "policy_weights_T", config)
-    grpo_T, metrics = _grpo(logits_TV, targets, config, group)
+    grpo_T, metrics = _grpo(logits_TV, targets, config, vocabulary)
     taught_LV, taught = _kept(logits_TV, targets, targets.weights_T != 0)
-    sdpo_L, sdpo_metrics = _sdpo(taught_LV, taught, config, group)
+    sdpo_L, sdpo_metrics = _sdpo(taught_LV, taught, config, vocabulary)
     grpo, sdpo = (policy_weights_T * grpo_T).sum(), (taught.weights_T * sdpo_L).sum()
     return config.grpo_share * grpo + (1.0 - config.grpo_share) * sdpo, {**sdpo_metrics, **metrics}
 
 
 def _sdpo(
-    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
+    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, vocabulary: Vocabulary
 ) -> tuple[Tensor, Metrics]:
     """Divergence to the teacher, at the chosen support, times the importance weights."""
-    values_T, log_probs_T, found = _SUPPORTS[config.support](logits_TV, targets, config, group)
+    values_T, log_probs_T, found = _SUPPORTS[config.support](logits_TV, targets, config, vocabulary)
     old_T = log_probs_T if targets.old_log_probs_T is None else targets.old_log_probs_T
     drift_T = _capped_ratio(log_probs_T, old_T, config.policy_drift_clip)
     mismatch_T, metrics = _engine_mismatch(old_T, targets, config)
@@ -294,19 +195,22 @@ def _sdpo(
 
 
 def _at_top_k(
-    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
+    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor, Metrics]:
     """Divergence over the student's top-K tokens and the tail; and log pi_theta of the sampled token, detached."""
     ids_TK = _needed(targets.support_ids_TK, "support_ids_TK", config)
     teacher_TK = _needed(targets.teacher_log_probs_TK, "teacher_log_probs_TK", config)
-    divergence_T = divergence(logits_TV, ids_TK, teacher_TK, config.alpha, config.tail, group, config.advantage_bounds)
-    with torch.no_grad():
-        log_probs_T = sampled_log_probs(logits_TV, targets.response_ids_T, group)
-    return divergence_T, log_probs_T, _summary("loss/divergence", divergence_T)
+    found = read(logits_TV, ids_TK, vocabulary.group, sampled_ids_T=targets.response_ids_T, with_entropy=True)
+    divergence_T = divergence(
+        *(logits_TV, ids_TK, teacher_TK, config.alpha, config.tail),
+        *(vocabulary.group, config.advantage_bounds, found, vocabulary.overwrite),
+    )
+    assert found.sampled_T is not None
+    return divergence_T, found.sampled_T, _summary("loss/divergence", divergence_T) | _entropy(found)
 
 
 def _at_sampled(
-    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
+    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor, Metrics]:
     """Score function of KL(p || q) at the sampled token y: its gradient, averaged over y ~ p, is that of the KL.
 
@@ -314,9 +218,9 @@ def _at_sampled(
     With one advantage a sequence it takes the place of the token's own.
     """
     teacher_T = _needed(targets.teacher_log_probs_TK, "teacher_log_probs_TK", config)[:, 0]
-    log_probs_T = sampled_log_probs(logits_TV, targets.response_ids_T, group)
+    log_probs_T, metrics = _sampled(logits_TV, targets, vocabulary)
     log_p_T = log_probs_T.detach()
-    metrics = {"loss/divergence": -sampled_advantages(log_p_T, teacher_T, bounds=None).sum()}
+    metrics["loss/divergence"] = -sampled_advantages(log_p_T, teacher_T, bounds=None).sum()
     if config.credit == "sequence":
         advantages_T = _needed(targets.teacher_advantages_T, "teacher_advantages_T", config)
     else:
@@ -325,25 +229,39 @@ def _at_sampled(
 
 
 def _at_vocabulary(
-    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
+    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor, Metrics]:
     """Divergence over every token; and log pi_theta of the sampled token, detached."""
     teacher_TV = _needed(targets.teacher_logits_TV, "teacher_logits_TV", config)
-    divergence_T = full_divergence(logits_TV, teacher_TV, config.alpha, group, config.advantage_bounds)
-    with torch.no_grad():
-        log_probs_T = sampled_log_probs(logits_TV, targets.response_ids_T, group)
-    return divergence_T, log_probs_T, _summary("loss/divergence", divergence_T)
+    found = read(logits_TV, targets.response_ids_T[:, None], vocabulary.group, with_entropy=True)
+    divergence_T = full_divergence(
+        *(logits_TV, teacher_TV, config.alpha, vocabulary.group, config.advantage_bounds, vocabulary.overwrite)
+    )
+    return divergence_T, found.log_probs_TB[:, 0], _summary("loss/divergence", divergence_T) | _entropy(found)
+
+
+def _sampled(logits_TV: Tensor, targets: TokenTargets, vocabulary: Vocabulary) -> tuple[Tensor, Metrics]:
+    """Log-probs of the sampled tokens, with gradient."""
+    ids_T = targets.response_ids_T
+    found = read(logits_TV, ids_T[:, None], vocabulary.group, with_entropy=True)
+    log_probs_T = sampled_log_probs(logits_TV, ids_T, vocabulary.group, found, vocabulary.overwrite)
+    return log_probs_T, _entropy(found)
+
+
+def _entropy(found: Reading) -> Metrics:
+    assert found.entropy_T is not None
+    return {"loss/entropy": found.entropy_T.float().sum()}
 
 
 _SUPPORTS = {"top_k": _at_top_k, "vocabulary": _at_vocabulary, "sampled": _at_sampled}
 
 
 def _grpo(
-    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
+    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, vocabulary: Vocabulary
 ) -> tuple[Tensor, Metrics]:
     """Clipped policy gradient: clip-higher, and dual clip for negative advantages; plus the penalty."""
     advantages_T = _needed(targets.advantages_T, "advantages_T", config)
-    log_probs_T = sampled_log_probs(logits_TV, targets.response_ids_T, group)
+    log_probs_T, of_policy = _sampled(logits_TV, targets, vocabulary)
     old_T = log_probs_T.detach() if targets.old_log_probs_T is None else targets.old_log_probs_T
     ratio_T = _ratio(log_probs_T, old_T)
     free_T = -advantages_T * ratio_T
@@ -353,7 +271,7 @@ def _grpo(
         bound_T = -advantages_T * config.dual_clip
         values_T = torch.where(advantages_T < 0, torch.minimum(values_T, bound_T), values_T)
     mismatch_T, metrics = _engine_mismatch(old_T, targets, config)
-    metrics |= _summary("loss/ratio", ratio_T)
+    metrics |= of_policy | _summary("loss/ratio", ratio_T)
     metrics["loss/clipped"] = (values_T != free_T).float().sum()
     values_T = values_T * mismatch_T
     if config.kl_coefficient:
@@ -373,11 +291,11 @@ def reference_kl(log_probs_T: Tensor, reference_T: Tensor) -> Tensor:
 
 
 def _next_token(
-    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, group: dist.ProcessGroup | None
+    logits_TV: Tensor, targets: TokenTargets, config: ObjectiveConfig, vocabulary: Vocabulary
 ) -> tuple[Tensor, Metrics]:
     """Cross entropy of the given tokens."""
-    values_T = -sampled_log_probs(logits_TV, targets.response_ids_T, group)
-    return values_T, _summary("loss/cross_entropy", values_T)
+    log_probs_T, metrics = _sampled(logits_TV, targets, vocabulary)
+    return -log_probs_T, metrics | _summary("loss/cross_entropy", -log_probs_T)
 
 
 _TOKEN_LOSSES = {"sdpo": _sdpo, "grpo": _grpo, "next_token": _next_token}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_sdpo import divergence as dv
+from megatron_sdpo import vocabulary
 from tests.reference import sdpo_naive as naive
 
 TOKENS, VOCABULARY, WORLD = 6, 32, 4
@@ -150,7 +151,7 @@ def test_shards_match_the_oracle_over_the_whole_vocabulary(
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_the_whole_vocabulary(alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """float64 to rounding; padding, equal teachers and blocks of rows as with bins."""
-    monkeypatch.setitem(dv.BLOCK, "cpu", 4 * VOCABULARY)
+    monkeypatch.setitem(vocabulary.BLOCK, "cpu", 4 * VOCABULARY)
     student_TV, teacher_TV = logits(3).double(), logits(4).double()
     padding_TV = torch.full((TOKENS, 8), -torch.inf).double()
     leaf_TV = torch.cat([student_TV, padding_TV], dim=1).requires_grad_()
@@ -383,7 +384,7 @@ def test_blocks_of_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     case = (0.5, 20, True)
     ids_TK, values_T, leaf_TV = compute(logits(0), logits(1), *case)
     expected = ids_TK, values_T, gradient(values_T, leaf_TV), dv.entropy(logits(0))
-    monkeypatch.setitem(dv.BLOCK, "cpu", 4 * VOCABULARY)
+    monkeypatch.setitem(vocabulary.BLOCK, "cpu", 4 * VOCABULARY)
     ids_TK, values_T, leaf_TV = compute(logits(0), logits(1), *case)
     for got, want in zip((ids_TK, values_T, gradient(values_T, leaf_TV), dv.entropy(logits(0))), expected, strict=True):
         assert torch.equal(got, want)

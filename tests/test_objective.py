@@ -9,19 +9,17 @@ import torch
 from torch import Tensor
 
 from megatron_sdpo.config import ObjectiveConfig
-from megatron_sdpo.divergence import divergence, sampled_log_probs, student_support, support_log_probs
-from megatron_sdpo.objective import (
-    TokenTargets,
+from megatron_sdpo.credit import (
     advantages,
     confidence_factors,
-    loss,
     question_factors,
-    reference_kl,
     sampled_advantages,
     sequence_advantages,
     token_weights,
     without_target,
 )
+from megatron_sdpo.divergence import divergence, sampled_log_probs, student_support, support_log_probs
+from megatron_sdpo.objective import TokenTargets, loss, reference_kl
 
 VOCABULARY, K = 24, 6
 CONFIGS = {

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_sdpo import objective
+from megatron_sdpo import credit, objective
 from megatron_sdpo.config import Config, ModelConfig, ObjectiveConfig, TaskConfig, check
 from megatron_sdpo.divergence import entropy, sampled_log_probs, student_support, support_log_probs
 from megatron_sdpo.objective import TokenTargets
@@ -95,8 +95,8 @@ def assembled(samples: list[Sampled], config: ObjectiveConfig) -> tuple[Tensor, 
     """Logits and targets of one micro-batch that holds all, with nonsense for what must have no influence."""
     rewards, groups = [s.reward for s in samples], [s.question for s in samples]
     lengths = [len(s.response) for s in samples]
-    stopped, untaught = objective.without_target(rewards, groups, SUCCESS, config)
-    factors = objective.question_factors(rewards, groups, SUCCESS, config)
+    stopped, untaught = credit.without_target(rewards, groups, SUCCESS, config)
+    factors = credit.question_factors(rewards, groups, SUCCESS, config)
     in_use = [not stop for stop in stopped]
     has_target = in_use
     if config.has_teacher:
@@ -106,7 +106,7 @@ def assembled(samples: list[Sampled], config: ObjectiveConfig) -> tuple[Tensor, 
         return torch.tensor(values, dtype=torch.float64).repeat_interleave(torch.tensor(lengths))
 
     def weights(trains: list[bool]) -> Tensor:
-        found = objective.token_weights(lengths, trains, config)
+        found = credit.token_weights(lengths, trains, config)
         return spread([weight * factor for weight, factor in zip(found, factors, strict=True)])
 
     response_T = torch.tensor([y for s in samples for y in s.response], dtype=torch.int64)
@@ -129,18 +129,18 @@ def assembled(samples: list[Sampled], config: ObjectiveConfig) -> tuple[Tensor, 
         support_ids_TK=ids_TK,
         teacher_log_probs_TK=support_log_probs(teacher_TV, ids_TK if top_k else response_T[:, None], with_tail=top_k),
         teacher_logits_TV=teacher_TV,
-        advantages_T=spread(objective.advantages(rewards, groups, config.advantage_std)),
+        advantages_T=spread(credit.advantages(rewards, groups, config.advantage_std)),
         reference_log_probs_T=sampled_log_probs(reference_TV, response_T),
         policy_weights_T=weights(in_use),
     )
     changes: dict[str, Tensor] = {}
     if config.sample_weighting == "teacher_confidence":
-        factors_T = objective.confidence_factors(entropy(teacher_TV), config.teacher_confidence_beta)
+        factors_T = credit.confidence_factors(entropy(teacher_TV), config.teacher_confidence_beta)
         changes["weights_T"] = torch.where(targets.weights_T == 0, 0.0, targets.weights_T * factors_T)
     if config.credit == "sequence":
         log_q_T = sampled_log_probs(teacher_TV, response_T)
-        tokens_T = objective.sampled_advantages(old_T, log_q_T, config.advantage_bounds)
-        changes["teacher_advantages_T"] = objective.sequence_advantages(tokens_T, lengths)
+        tokens_T = credit.sampled_advantages(old_T, log_q_T, config.advantage_bounds)
+        changes["teacher_advantages_T"] = credit.sequence_advantages(tokens_T, lengths)
     return torch.cat([s.student_RV for s in samples]), replace(targets, **changes)
 
 

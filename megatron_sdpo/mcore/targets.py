@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_sdpo import objective
+from megatron_sdpo import credit, objective
 from megatron_sdpo.batching import MicroBatch
 from megatron_sdpo.config import Config
 from megatron_sdpo.mcore.scores import SampleNumbers, StudentScores, TeacherScores, TeacherStates
@@ -28,12 +28,12 @@ class Targets:
         config = self.config.objective
         rewards, groups = [s.reward for s in samples], [s.group for s in samples]
 
-        factors = objective.question_factors(rewards, groups, self.config.teacher_context.success_threshold, config)
+        factors = credit.question_factors(rewards, groups, self.config.teacher_context.success_threshold, config)
         in_use, has_target = self.have_targets(samples)
 
         def weights(has_target: Sequence[bool]) -> list[float]:
             lengths = [len(samples[i].response_ids) for i in chosen]
-            found = objective.token_weights(lengths, [has_target[i] for i in chosen], config)
+            found = credit.token_weights(lengths, [has_target[i] for i in chosen], config)
             by_sample = dict(zip(chosen, found, strict=True))
             return [by_sample.get(i, 0.0) * factors[i] for i in range(len(samples))]
 
@@ -41,7 +41,7 @@ class Targets:
             has_target=has_target,
             weights=weights(has_target),
             policy_weights=weights(in_use),
-            advantages=objective.advantages(rewards, groups, config.advantage_std),
+            advantages=credit.advantages(rewards, groups, config.advantage_std),
         )
 
     def have_targets(self, samples: Sequence[Sample]) -> tuple[list[bool], list[bool]]:
@@ -52,7 +52,7 @@ class Targets:
         config = self.config.objective
         rewards, groups = [s.reward for s in samples], [s.group for s in samples]
         success = self.config.teacher_context.success_threshold
-        stopped, untaught = objective.without_target(rewards, groups, success, config)
+        stopped, untaught = credit.without_target(rewards, groups, success, config)
         in_use = [not stop for stop in stopped]
         if not config.has_teacher:
             return in_use, in_use
@@ -116,13 +116,13 @@ class Targets:
         if config.support == "top_k":
             targets = replace(targets, support_ids_TK=self.support_ids(micro_batch, student))
         if config.weighs_by_confidence:
-            factors_N = objective.confidence_factors(rows(teacher.entropies), config.teacher_confidence_beta)
+            factors_N = credit.confidence_factors(rows(teacher.entropies), config.teacher_confidence_beta)
             targets = replace(targets, weights_T=targets.weights_T * factors_N)
         if config.credit == "sequence":
             old_N, teacher_NK = targets.old_log_probs_T, targets.teacher_log_probs_TK
             assert old_N is not None and teacher_NK is not None
-            tokens_N = objective.sampled_advantages(old_N, teacher_NK[:, 0], config.advantage_bounds)
-            means_N = objective.sequence_advantages(tokens_N, micro_batch.response_lengths)
+            tokens_N = credit.sampled_advantages(old_N, teacher_NK[:, 0], config.advantage_bounds)
+            means_N = credit.sequence_advantages(tokens_N, micro_batch.response_lengths)
             targets = replace(targets, teacher_advantages_T=means_N)
         return targets
 

@@ -141,10 +141,12 @@ class Fleet:
 
     def _engine_arguments(self, i: int, port: int) -> list[str]:
         config, engine = self._config, self._config.engine
+        (own_port,) = _ports(engine.host, 0, 1)  # SGLang's choice is one that the kernel may hand out meanwhile
         arguments = {
             "model-path": config.model.path,
             "host": engine.host,
             "port": port,
+            "nccl-port": own_port,
             "dtype": config.model.dtype,
             "context-length": config.model.max_length,
             "tp-size": engine.tensor_parallel,
