@@ -1,0 +1,75 @@
+"""FLOPs of a model, counted from its configuration: matrix products and attention, a multiply and an add each.
+
+Norms, rotary embedding and softmax are left out, as is usual; a causal token attends to itself and those before it;
+the head meets response positions only. What is computed twice to save memory (activation recompute) is no *model* FLOP
+and does not count.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sdpo.config import ObjectiveConfig
+from megatron_sdpo.types import Sample
+
+PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "B200": 2250.0}
+"""Dense bf16 TFLOP/s of a GPU by a part of its name, as the manufacturer states them (SXM)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One pass over some sequences. Example: prompts of 2 and 3 tokens, a response of 1 each: ``Tokens(7, 16, 2)``."""
+
+    tokens: int
+    pairs: int
+    """Of a token and one that it attends to: the sum of n (n + 1) / 2 over lengths n."""
+    responses: int
+    """Tokens whose prediction meets the head."""
+
+
+def counted(lengths: Sequence[tuple[int, int]]) -> Tokens:
+    """From (prompt tokens, response tokens) of each sequence."""
+    whole = [prompt + response for prompt, response in lengths]
+    return Tokens(sum(whole), sum(n * (n + 1) // 2 for n in whole), sum(response for _, response in lengths))
+
+
+def layer_parameters(hf_config: Mapping[str, Any]) -> int:
+    """Weights of one layer that a token is multiplied by; of a mixture of experts those of its chosen ones."""
+    width, heads = hf_config["hidden_size"], hf_config["num_attention_heads"]
+    d = hf_config.get("head_dim") or width // heads
+    groups = hf_config.get("num_key_value_heads") or heads
+    attention = width * d * (2 * heads + 2 * groups)
+    if experts := hf_config.get("num_experts"):
+        chosen = hf_config["num_experts_per_tok"]
+        return attention + width * experts + 3 * width * hf_config["moe_intermediate_size"] * chosen
+    return attention + 3 * width * hf_config["intermediate_size"]
+
+
+def forward_flops(hf_config: Mapping[str, Any], tokens: Tokens) -> int:
+    """One forward pass. Backward is twice as much."""
+    heads, width = hf_config["num_attention_heads"], hf_config["hidden_size"]
+    d = hf_config.get("head_dim") or width // heads
+    layers = hf_config["num_hidden_layers"]
+    linear = 2 * tokens.tokens * layers * layer_parameters(hf_config)
+    attention = 4 * tokens.pairs * layers * heads * d  # scores, and the weighted sum of values
+    return linear + attention + 2 * tokens.responses * width * hf_config["vocab_size"]
+
+
+def batch_flops(hf_config: Mapping[str, Any], samples: Sequence[Sample], objective: ObjectiveConfig) -> int:
+    """What the passes over one generation batch need: scoring as student (and reference), as teacher, training.
+
+    Every response is trained once, in whichever mini-batch, also where its weight is zero. Successes that
+    ``sample_weighting=failed_only`` keeps from the teacher are counted as scored.
+    """
+    student = forward_flops(hf_config, counted([(len(s.prompt_ids), len(s.response_ids)) for s in samples]))
+    if objective.kind == "next_token":
+        return 3 * student
+    scorings = 2 if objective.kl_coefficient else 1
+    taught = [s for s in samples if objective.has_teacher and s.teacher_prompt_ids is not None]
+    views = [(len(s.teacher_prompt_ids or ()), len(s.response_ids)) for s in taught]
+    return (3 + scorings) * student + forward_flops(hf_config, counted(views))
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Dense bf16 TFLOP/s of a GPU by its name; None for one that is not known (and for CPUs)."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
