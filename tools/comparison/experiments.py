@@ -110,13 +110,17 @@ _GRPO_GRID = (
 SDPO = Algorithm("SDPO", ("objective.kind=sdpo",), _SDPO_GRID)
 GRPO = Algorithm("GRPO", ("objective.kind=grpo",), _GRPO_GRID)
 _NO_WORDS = "teacher_context.feedback=never"
-SDPO_SCALAR = Algorithm("SDPO, rewards only", ("objective.kind=sdpo", _NO_WORDS), _SDPO_GRID)
+SDPO_SCALAR = Algorithm(
+    "SDPO, rewards only",
+    ("objective.kind=sdpo", _NO_WORDS),
+    (_settings("1e-3", 4), _settings("2e-3", 4), _settings("5e-4", 8), _settings("1e-3", 8)),
+)
 SDPO_UNTUNED = Algorithm("SDPO, recipe's settings", ("objective.kind=sdpo",), (_settings("2e-3"),))
 
 
 def _hybrid(share: str) -> Arm:
     overrides = ("objective.kind=hybrid", f"objective.grpo_share={share}")
-    candidates = _settings("1e-3", 4), _settings("2e-3", 4), _settings("1e-3", 8)
+    candidates = _settings("1e-3", 4), _settings("1e-3", 8)
     return Arm(f"GRPO share {share}", Algorithm(f"hybrid {share}", overrides, candidates))
 
 
@@ -177,7 +181,7 @@ EXPERIMENTS = {
     ),
     "hybrid": Experiment(
         "GRPO's share of the loss: 0 is SDPO, 1 is GRPO",
-        (Arm("SDPO", SDPO), *map(_hybrid, ("0.1", "0.5", "0.9")), Arm("GRPO", GRPO)),
+        (Arm("SDPO", SDPO), *map(_hybrid, ("0.5", "0.9")), Arm("GRPO", GRPO)),
         "GRPO",
     ),
     "weighting": Experiment(
