@@ -28,7 +28,10 @@ HARD_QUESTIONS = str(_DATA / "minipipe-hard.jsonl")
 
 
 def minipipe() -> Config:
-    """SDPO, 28 batches of 16 questions x 8 attempts: from 2-5 % to over 85 % on held-out compositions."""
+    """SDPO at the best settings of those tried (results/rich): from 2 % to over 95 % on held-out compositions.
+
+    28 batches of 16 questions x 8 attempts, eight optimizer steps each.
+    """
     return Config(
         name="minipipe",
         run_dir="runs/minipipe",
@@ -47,20 +50,20 @@ def minipipe() -> Config:
         ),
         teacher=TeacherConfig(kind="ema", update_rate=0.05),
         objective=ObjectiveConfig(kind="sdpo", alpha=0.5, top_k=20),
-        optim=OptimConfig(lr=2e-3, lr_decay="linear", min_lr_ratio=0.1),
+        optim=OptimConfig(lr=1e-3, lr_decay="linear", min_lr_ratio=0.1, mini_batches=8),
         checkpoint=CheckpointConfig(every=4),
         evaluation=EvaluationConfig(every=4, attempts=4),
     )
 
 
 def minipipe_grpo() -> Config:
-    """The GRPO baseline on the same questions, at the settings that were best for it (results/rich)."""
+    """The GRPO baseline on the same questions, at the best settings of those tried (results/rich)."""
     config = minipipe()
     return replace(
         config,
         name="minipipe-grpo",
         run_dir="runs/minipipe-grpo",
-        objective=ObjectiveConfig(kind="grpo"),
+        objective=ObjectiveConfig(kind="grpo", advantage_std=True),
         optim=OptimConfig(lr=1e-3, lr_decay="linear", min_lr_ratio=0.1, mini_batches=4),
     )
 

@@ -115,7 +115,7 @@ SDPO_SCALAR = Algorithm(
     ("objective.kind=sdpo", _NO_WORDS),
     (_settings("1e-3", 4), _settings("2e-3", 4), _settings("5e-4", 8), _settings("1e-3", 8)),
 )
-SDPO_UNTUNED = Algorithm("SDPO, recipe's settings", ("objective.kind=sdpo",), (_settings("2e-3"),))
+SDPO_UNTUNED = Algorithm("SDPO, recipe's settings", ("objective.kind=sdpo",), (_settings("1e-3", 8),))
 
 
 def _hybrid(share: str) -> Arm:
