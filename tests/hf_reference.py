@@ -16,6 +16,16 @@ def reference(path: Path, documents: Sequence[Tensor], weights_TV: Tensor) -> tu
     return logits_TV.detach(), gradients
 
 
+def unallocated(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the checkpoint that transformers would save, from config.json alone."""
+    _torchvision_schemas()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # a tied one once
+
+
 def _load(path: Path) -> torch.nn.Module:
     _torchvision_schemas()
     from transformers import AutoModelForCausalLM
