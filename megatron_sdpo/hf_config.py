@@ -14,6 +14,7 @@ _READ = {
     *(*_NEEDED, "architectures", "model_type", "head_dim", "num_key_value_heads", "tie_word_embeddings"),
     *("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window", "layer_types"),
 }
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _ONLY = {
     "hidden_act": "silu",
     "attention_bias": False,  # Qwen2's bias of queries, keys and values goes without saying
@@ -31,8 +32,9 @@ _NEUTRAL = {  # keys that do not change what the model computes
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's config.json with its defaults filled in (``head_dim``, ``num_key_value_heads``, ``rope_theta``,
-    ``tie_word_embeddings``); ConfigError names an architecture, key or value that is not supported here.
+    """A checkpoint's config.json with its defaults filled in (``head_dim``, ``num_key_value_heads``,
+    ``tie_word_embeddings``) and its rotary embedding under ``rope_theta`` and ``rope_scaling`` (None, or all numbers of
+    Llama 3), however it was spelled; ConfigError names an architecture, key or value that is not supported here.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
@@ -44,18 +46,13 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{file} does not hold a JSON object; set model.path to a Hugging Face checkpoint directory")
     _check_family(hf, file)
     _check_values(hf, file)
-    older, rope = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
-    for key, value in (*older.items(), *rope.items()):
-        if key != "rope_theta" and value not in ("default", None):
-            raise ConfigError(f"{file} has rotary scaling {key}={value!r}; only plain rotary embedding is supported")
     heads = hf["num_attention_heads"]
     defaults = {
         "head_dim": hf["hidden_size"] // heads,
         "num_key_value_heads": heads,
-        "rope_theta": rope.get("rope_theta", older.get("rope_theta", 10000.0)),
         "tie_word_embeddings": False,
     }
-    return {**hf, **{key: value for key, value in defaults.items() if hf.get(key) is None}}
+    return {**hf, **{key: value for key, value in defaults.items() if hf.get(key) is None}, **_rotary(hf, file)}
 
 
 def _check_family(hf: dict[str, Any], file: Path) -> None:
@@ -87,6 +84,35 @@ def _check_values(hf: dict[str, Any], file: Path) -> None:
                 f"{file} has {key}={value!r}, which this package does not know; remove the key if the model is the same"
                 " without it"
             )
+
+
+def _rotary(hf: dict[str, Any], file: Path) -> dict[str, Any]:
+    """``rope_theta`` and ``rope_scaling`` from ``rope_parameters`` (transformers 5) or the older two keys."""
+    older, newer = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
+    if older and newer and older != newer:
+        raise ConfigError(f"{file} has rope_scaling and rope_parameters, which differ; remove one of them")
+    said = {"type": "default", **older, **newer}
+    bases = {base for base in (hf.get("rope_theta"), said.pop("rope_theta", None)) if base is not None}
+    if len(bases) > 1:
+        raise ConfigError(f"{file} says rope_theta twice, {' and '.join(map(str, bases))}; remove one of them")
+    older_kind = said.pop("type")
+    kind = said.pop("rope_type", older_kind)
+    said = {key: value for key, value in said.items() if value is not None}
+    if kind not in ("default", "llama3"):
+        raise ConfigError(
+            f"{file} has rotary scaling rope_type={kind!r}; supported are plain rotary embedding and 'llama3'"
+        )
+    if said.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"{file} rotates a part of each head (partial_rotary_factor), which is not supported")
+    wanted = _LLAMA3 if kind == "llama3" else ()
+    if set(said) != set(wanted):
+        raise ConfigError(
+            f"{file} has rotary scaling {kind!r} with the keys {sorted(said)}; it needs {sorted(wanted) or 'none'}"
+        )
+    if kind == "llama3" and not 0 < said["low_freq_factor"] < said["high_freq_factor"]:
+        raise ConfigError(f"{file} has a low_freq_factor that is not below its high_freq_factor; check rope_scaling")
+    scaling = {"rope_type": kind, **said} if kind == "llama3" else None
+    return {"rope_theta": bases.pop() if bases else 10000.0, "rope_scaling": scaling}
 
 
 def read_model_config(config: Config) -> dict[str, Any]:

@@ -26,6 +26,15 @@ def unallocated(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # a tied one once
 
 
+def rotary_frequencies(path: Path) -> Tensor:
+    """fp32 ``[head_dim / 2]``, as transformers computes them from config.json."""
+    _torchvision_schemas()
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    return LlamaRotaryEmbedding(AutoConfig.from_pretrained(path)).inv_freq
+
+
 def _load(path: Path) -> torch.nn.Module:
     _torchvision_schemas()
     from transformers import AutoModelForCausalLM

@@ -63,7 +63,7 @@ def _qwen25(width: int, ffn: int, layers: int, heads: int, kv_heads: int, eps: f
     )
 
 
-def _llama3(width: int, ffn: int, layers: int, heads: int, **changes: Any) -> dict[str, Any]:
+def _llama3(width: int, ffn: int, layers: int, heads: int, factor: float = 8.0, **changes: Any) -> dict[str, Any]:
     common = {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -83,7 +83,7 @@ def _llama3(width: int, ffn: int, layers: int, heads: int, **changes: Any) -> di
         "pretraining_tp": 1,
         "rms_norm_eps": 1e-05,
         "rope_scaling": {
-            "factor": 8.0,
+            "factor": factor,
             "high_freq_factor": 4.0,
             "low_freq_factor": 1.0,
             "original_max_position_embeddings": 8192,
@@ -108,5 +108,8 @@ DENSE: dict[str, tuple[dict[str, Any], int]] = {
     "Qwen3-32B": (_qwen3(5120, 25600, 64, 64, tied=False), 32_762_123_264),
     "Qwen2.5-7B": (_qwen25(3584, 18944, 28, 28, 4, 1e-6), 7_615_616_512),
     "Qwen2.5-72B": (_qwen25(8192, 29568, 80, 64, 8, 1e-5), 72_706_203_648),
+    "Llama-3.1-8B": (_llama3(4096, 14336, 32, 32), 8_030_261_248),
+    "Llama-3.2-1B": (_llama3(2048, 8192, 16, 32, head_dim=64, factor=32.0, tie_word_embeddings=True), 1_235_814_400),
+    "Llama-3.3-70B": (_llama3(8192, 28672, 80, 64, head_dim=128, eos_token_id=[128001, 128008]), 70_553_706_496),
 }
 """Name -> (config.json, parameters, a tied embedding counted once)."""

@@ -46,6 +46,8 @@ def test_names_shapes_and_total_are_those_of_the_published_model(tmp_path: Path,
         ("Qwen3-32B", 8, 8),
         ("Qwen2.5-7B", 4, 7),
         ("Qwen2.5-72B", 8, 16),
+        ("Llama-3.1-8B", 8, 4),
+        ("Llama-3.3-70B", 8, 10),
     ],
 )
 def test_a_layout_that_divides_the_model_cuts_every_parameter(tmp_path: Path, name: str, tp: int, pp: int) -> None:
@@ -71,6 +73,7 @@ def test_a_layout_that_divides_the_model_cuts_every_parameter(tmp_path: Path, na
         ("Qwen3-0.6B", 16, 1, "tensor_parallel 16 does not divide the model's 8 key-value heads"),
         ("Qwen2.5-7B", 8, 1, "tensor_parallel 8 does not divide the model's 28 attention heads"),
         ("Qwen3-14B", 8, 3, "pipeline_parallel 3 does not divide the model's 40 layers"),
+        ("Llama-3.1-8B", 32, 1, "tensor_parallel 32 does not divide the model's 8 key-value heads"),
         ("Qwen2.5-72B", 8, 32, "pipeline_parallel 32 does not divide the model's 80 layers"),
     ],
 )

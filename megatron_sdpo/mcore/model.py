@@ -16,6 +16,7 @@ from megatron_sdpo.config import LayoutConfig
 from megatron_sdpo.mcore import platform
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.modules import PackedRows, cpu_block_spec
+from megatron_sdpo.mcore.rotary import inverse_frequencies
 
 
 class HiddenStatesModel(GPTModel):
@@ -107,6 +108,7 @@ def build_model(
         rotary_base=hf["rope_theta"],
         rotary_in_attention=not _transformer_engine(),
     )
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(hf)
     _mark_shards(model)
     return model.to(platform.device())
 
