@@ -129,12 +129,11 @@ def read_model_config(config: Config) -> dict[str, Any]:
 
 
 def check_model(config: Config, model: dict[str, Any]) -> None:
-    """Refuse a layout that does not divide the model's heads, layers or vocabulary, and sizes beyond the model's."""
+    """Refuse a layout that does not divide the model's heads, MLP or layers, and sizes beyond the model's."""
     tp, pp = config.layout.tensor_parallel, config.layout.pipeline_parallel
     sizes = {
         "attention heads": model["num_attention_heads"],
         "key-value heads": model.get("num_key_value_heads", model["num_attention_heads"]),
-        "vocabulary entries": model["vocab_size"],
         "MLP units": model["intermediate_size"],
     }
     for what, size in sizes.items():

@@ -141,9 +141,30 @@ def test_unknown_megatron_parameters_are_named(name: str) -> None:
 
 
 def test_a_cut_that_does_not_divide_is_refused() -> None:
-    hf = config() | {"vocab_size": 41}
-    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight of shape \(41, 32\) cannot be cut into 2"):
-        names.hf_layout(hf)["model.embed_tokens.weight"].slices(0, 2)
+    hf = config() | {"intermediate_size": 25}
+    name = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match=rf"{name} of shape \(25, 32\) cannot be cut into 2"):
+        names.hf_layout(hf)[name].slices(0, 2)
+
+
+@pytest.mark.parametrize(("vocabulary", "tp"), [(41, 2), (5, 4), (41, 4), (40, 4), (3, 2)])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_vocabulary_is_padded_with_zeros_that_leave_with_no_tensor(name: str, vocabulary: int, tp: int) -> None:
+    """5 entries on 4 ranks: the third rank holds one entry and one row of padding, the fourth padding alone."""
+    hf = config() | {"vocab_size": vocabulary}
+    tensors = checkpoint(hf)
+    padded = names.padded_vocabulary(hf, tp)
+    assert (padded % tp, vocabulary <= padded < vocabulary + tp) == (0, True)
+    parameter = names.hf_layout(hf)[name].parameter
+    shards = [names.to_megatron(tensors, hf, rank, tp, **stage(1, 0))[parameter] for rank in range(tp)]
+    made_of = names.parameters(hf)[parameter]
+    assert {tuple(shard.shape) for shard in shards} == {names.local_shape(made_of, tp)} == {(padded // tp, 32)}
+    full = torch.cat(shards)
+    assert not full[vocabulary:].any()
+    full[vocabulary:] = torch.nan  # whatever stands there stays there
+    ((exported, value),) = names.megatron_to_hf(parameter, full, hf, tp)
+    assert exported == name
+    assert torch.equal(value, tensors[name])
 
 
 def test_transformer_engines_fused_norms_have_their_plain_names() -> None:

@@ -168,7 +168,7 @@ def _gathered(
             if groups.rank == 0:
                 pieces: list[list[Tensor]] = [names.split(tensors, shard, hf_config) for shard in shards]
                 for tensor, whole in zip(tensors, zip(*pieces, strict=True), strict=True):
-                    yield tensor.name, whole[0] if tensor.tp_axis is None else torch.cat(whole, tensor.tp_axis)
+                    yield tensor.name, names.join(tensor, whole)
 
 
 def _to_rank_0(

@@ -16,6 +16,7 @@ from megatron_sdpo.config import LayoutConfig
 from megatron_sdpo.mcore import platform
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.modules import PackedRows, cpu_block_spec
+from megatron_sdpo.mcore.names import padded_vocabulary
 from megatron_sdpo.mcore.rotary import inverse_frequencies
 
 
@@ -33,7 +34,8 @@ class HiddenStatesModel(GPTModel):
     def head(self) -> Tensor:
         """The vocabulary-parallel head, ``[V, H]`` local: the output layer's weight, or the tied embedding.
 
-        Last stage only.
+        Last stage only. Rows beyond the vocabulary (``names.padded_vocabulary``) are zero, and their logits are not to
+        be used: ``fused.Head`` takes the size of the vocabulary.
         """
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
@@ -99,7 +101,7 @@ def build_model(
     model = HiddenStatesModel(
         config=config,
         transformer_layer_spec=_block_spec(config, n_layers),
-        vocab_size=hf["vocab_size"],
+        vocab_size=padded_vocabulary(hf, layout.tensor_parallel),
         max_sequence_length=hf["max_position_embeddings"],
         pre_process=groups.is_first_stage,
         post_process=groups.is_last_stage,

@@ -8,16 +8,21 @@ Megatron fuses what a Hugging Face checkpoint keeps apart, and cuts it over tens
 The part of a Hugging Face tensor that a tensor rank holds is therefore always one slice along one axis
 (``HfTensor.slices``), and a rank can turn its local parameter into such slices alone (``split``).
 
+A vocabulary that the tensor ranks do not divide is padded with rows of zeros, in Megatron only: the ranks' shares are
+equal (``padded_vocabulary``), a Hugging Face tensor never has such rows (``join``), and the head makes no logits of
+them (``fused.Head``).
+
 Megatron numbers layers within a pipeline stage; names here say so: *parameter* is a Megatron name with the layer
 number of the whole model, *local* one with the number in its stage. Nothing here needs megatron or a device.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Part = Literal["whole", "q", "k", "v", "gate", "up"]
@@ -71,16 +76,27 @@ class HfTensor:
         """The parameter's name inside its stage."""
         return local_name(self.parameter, self.stage(pp_size) * (self.n_layers // pp_size))
 
+    @property
+    def of_vocabulary(self) -> bool:
+        """Its rows are vocabulary entries, which are padded where tensor ranks do not divide them."""
+        return self.parameter in (EMBEDDING, HEAD)
+
+    def share(self, tp_size: int) -> int:
+        """Rows (or columns) that each tensor rank holds, padding included."""
+        assert self.tp_axis is not None
+        step, rest = divmod(self.shape[self.tp_axis], tp_size)
+        if rest and not self.of_vocabulary:
+            raise ValueError(
+                f"{self.name} of shape {self.shape} cannot be cut into {tp_size} along axis {self.tp_axis}"
+            )
+        return step + (rest > 0)
+
     def slices(self, tp_rank: int, tp_size: int) -> tuple[slice, ...]:
         """The slice of this tensor that a tensor rank holds; the ranks' slices are disjoint and cover it."""
         if self.tp_axis is None:
             return (slice(None),) * len(self.shape)
-        step, rest = divmod(self.shape[self.tp_axis], tp_size)
-        if rest:
-            raise ValueError(
-                f"{self.name} of shape {self.shape} cannot be cut into {tp_size} along axis {self.tp_axis}"
-            )
-        cut = slice(tp_rank * step, (tp_rank + 1) * step)
+        step, size = self.share(tp_size), self.shape[self.tp_axis]
+        cut = slice(min(tp_rank * step, size), min((tp_rank + 1) * step, size))
         return tuple(cut if axis == self.tp_axis else slice(None) for axis in range(len(self.shape)))
 
 
@@ -178,16 +194,19 @@ def read_shard(
         source = hf_tensors[tensor.name]
         if tuple(source.shape) != tensor.shape:
             raise ValueError(f"{tensor.name} has the shape {tuple(source.shape)}, its config says {tensor.shape}")
-        pieces.append(source[tensor.slices(tp_rank, tp_size)])
+        piece = source[tensor.slices(tp_rank, tp_size)]
+        if tensor.of_vocabulary:
+            piece = F.pad(piece, (0, 0, 0, tensor.share(tp_size) - len(piece)))
+        pieces.append(piece)
     return fuse(tensors, pieces, hf_config)
 
 
 def local_shape(tensors: tuple[HfTensor, ...], tp_size: int) -> tuple[int, ...]:
-    """Shape of one rank's shard of the parameter made of ``tensors``."""
-    shape = list(tensors[0].shape)
+    """Shape of one rank's shard of the parameter made of ``tensors``, padding included."""
+    axis, shape = tensors[0].tp_axis, list(tensors[0].shape)
     shape[0] = sum(tensor.shape[0] for tensor in tensors)
-    if tensors[0].tp_axis is not None:
-        shape[tensors[0].tp_axis] //= tp_size
+    if axis is not None:
+        shape[axis] = sum(tensor.share(tp_size) for tensor in tensors)
     return tuple(shape)
 
 
@@ -218,6 +237,14 @@ def split(tensors: tuple[HfTensor, ...], local: Tensor, hf_config: Mapping[str, 
     return [piece.contiguous() for piece in local.chunk(len(tensors))]
 
 
+def join(tensor: HfTensor, pieces: Sequence[Tensor]) -> Tensor:
+    """The tensor ranks' pieces of ``tensor``, from ``split`` -> the whole, without padding."""
+    if tensor.tp_axis is None:
+        return pieces[0]
+    whole = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), tensor.tp_axis)
+    return whole[: tensor.shape[0]] if tensor.of_vocabulary else whole
+
+
 def megatron_to_hf(
     name: str, full: Tensor, hf_config: Mapping[str, Any], tp_size: int = 1, layer_offset: int = 0
 ) -> list[tuple[str, Tensor]]:
@@ -236,13 +263,16 @@ def megatron_to_hf(
     if axis is None:
         return [(tensors[0].name, full)]
     shards = [split(tensors, shard, hf_config) for shard in full.chunk(tp_size, axis)]
-    whole = [
-        (tensor, torch.cat(pieces, axis)) for tensor, pieces in zip(tensors, zip(*shards, strict=True), strict=True)
-    ]
+    whole = [(tensor, join(tensor, pieces)) for tensor, pieces in zip(tensors, zip(*shards, strict=True), strict=True)]
     for tensor, value in whole:
         if tuple(value.shape) != tensor.shape:
             raise ValueError(f"{name} gives {tensor.name} the shape {tuple(value.shape)}, expected {tensor.shape}")
     return [(tensor.name, value) for tensor, value in whole]
+
+
+def padded_vocabulary(hf_config: Mapping[str, Any], tp_size: int) -> int:
+    """Entries that Megatron's embedding and head have over all tensor ranks: the next multiple of their number."""
+    return -(-hf_config["vocab_size"] // tp_size) * tp_size
 
 
 def head_dim(hf_config: Mapping[str, Any]) -> int:
