@@ -5,11 +5,20 @@ from typing import Any
 
 from megatron_sdpo.config import Config, ConfigError, read_json
 
-_FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+_FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
 _NEEDED = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
     *("rms_norm_eps", "max_position_embeddings", "hidden_act"),
 )
+_NEEDED_OF_FAMILY: dict[str, tuple[str, ...]] = {  # whose default is not what another family's would be
+    "qwen3": ("head_dim",),
+    "qwen3_moe": ("head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+}
 _READ = {
     *(*_NEEDED, "architectures", "model_type", "head_dim", "num_key_value_heads", "tie_word_embeddings"),
     *("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window", "layer_types"),
@@ -23,11 +32,13 @@ _ONLY = {
     "rope_interleaved": False,
     "partial_rotary_factor": 1.0,
     "pretraining_tp": 1,
+    "decoder_sparse_step": 1,  # every layer has experts
 }
 _NEUTRAL = {  # keys that do not change what the model computes
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "dtype", "torch_dtype", "initializer_range"),
     *("transformers_version", "use_cache", "max_window_layers", "is_llama_config", "transformers.js_config"),
     *("return_dict", "chunk_size_feed_forward", "id2label", "label2id", "problem_type"),
+    "router_aux_loss_coef",  # of a loss that is not added here
 }
 
 
@@ -44,6 +55,10 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
     hf = read_json(file, "the model's configuration")
     if not isinstance(hf, dict):
         raise ConfigError(f"{file} does not hold a JSON object; set model.path to a Hugging Face checkpoint directory")
+    if hf.get("model_type") == "qwen3_moe" and "num_local_experts" in hf:  # transformers 5 writes it so
+        hf = {"num_experts": hf["num_local_experts"], **hf}
+        if hf["num_experts"] != hf.pop("num_local_experts"):
+            raise ConfigError(f"{file} says num_experts and num_local_experts, which differ; remove one of them")
     _check_family(hf, file)
     _check_values(hf, file)
     heads = hf["num_attention_heads"]
@@ -64,10 +79,19 @@ def _check_family(hf: dict[str, Any], file: Path) -> None:
         )
     if hf.get("model_type") != family:
         raise ConfigError(f"{file} has model_type {hf.get('model_type')!r}; {architectures[0]} must have {family!r}")
-    needed = _NEEDED if family != "qwen3" else (*_NEEDED, "head_dim")  # whose default is not hidden_size / heads
-    for key in needed:
+    for key in (*_NEEDED, *_NEEDED_OF_FAMILY.get(family, ())):
         if hf.get(key) is None:
             raise ConfigError(f"{file} does not say {key}; use a complete Hugging Face configuration")
+    if family == "qwen3_moe":
+        _check_experts(hf, file)
+
+
+def _check_experts(hf: dict[str, Any], file: Path) -> None:
+    chosen, least = hf["num_experts_per_tok"], 2 if hf["norm_topk_prob"] else 1  # one normalised weight is always 1
+    if not least <= chosen <= hf["num_experts"]:
+        raise ConfigError(
+            f"{file} has num_experts_per_tok={chosen}; it must lie between {least} and num_experts={hf['num_experts']}"
+        )
 
 
 def _check_values(hf: dict[str, Any], file: Path) -> None:
@@ -78,7 +102,13 @@ def _check_values(hf: dict[str, Any], file: Path) -> None:
     for key, value in hf.items():
         if key in _ONLY and value not in (_ONLY[key], None):
             raise ConfigError(f"{file} has {key}={value!r}, which is not supported; only {key}={_ONLY[key]!r} is")
-        known = key in _READ or key in _ONLY or key in _NEUTRAL or key.startswith("_")
+        known = (
+            key in _READ
+            or key in _NEEDED_OF_FAMILY.get(hf["model_type"], ())
+            or key in _ONLY
+            or key in _NEUTRAL
+            or key.startswith("_")
+        )
         if not known and value not in (None, False, [], {}):
             raise ConfigError(
                 f"{file} has {key}={value!r}, which this package does not know; remove the key if the model is the same"
@@ -134,7 +164,7 @@ def check_model(config: Config, model: dict[str, Any]) -> None:
     sizes = {
         "attention heads": model["num_attention_heads"],
         "key-value heads": model.get("num_key_value_heads", model["num_attention_heads"]),
-        "MLP units": model["intermediate_size"],
+        "MLP units": model.get("moe_intermediate_size", model["intermediate_size"]),
     }
     for what, size in sizes.items():
         if size % tp:

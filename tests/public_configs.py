@@ -5,7 +5,7 @@ from typing import Any
 
 def _qwen(family: str, **changes: Any) -> dict[str, Any]:
     """What all Qwen checkpoints agree on."""
-    architecture = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+    architecture = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     common = {
         "architectures": [architecture[family]],
         "attention_dropout": 0.0,
@@ -113,3 +113,24 @@ DENSE: dict[str, tuple[dict[str, Any], int]] = {
     "Llama-3.3-70B": (_llama3(8192, 28672, 80, 64, head_dim=128, eos_token_id=[128001, 128008]), 70_553_706_496),
 }
 """Name -> (config.json, parameters, a tied embedding counted once)."""
+
+EXPERTS: dict[str, tuple[dict[str, Any], int]] = {
+    "Qwen3-30B-A3B": (
+        _qwen3(2048, 6144, 48, 32, tied=False)
+        | {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "model_type": "qwen3_moe",
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "num_key_value_heads": 4,
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.001,
+        },
+        30_532_122_624,
+    ),
+}
+"""The same of mixtures of experts."""

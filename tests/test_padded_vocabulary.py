@@ -16,12 +16,14 @@ from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
 from megatron_sdpo.objective import loss_of_hidden
 from megatron_sdpo.teacher import mixed_logits
 from tests.dist_checkpoint import differences
-from tests.dist_padded import VOCABULARY, continue_from, train_padded
+from tests.dist_family import CASES, continue_from, train_cases
 from tests.launch import run_ranks
 from tests.learner_setup import MODELS, write_models
 from tests.test_fused import CONFIGS, make_case
 
 PADDING = 3
+VOCABULARY = 105
+TP2 = "tp2pp1dp1"
 
 
 def padded(weight_VH: torch.Tensor) -> torch.Tensor:
@@ -85,7 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models of 105 entries; two tensor ranks (53 and 52 entries, and one that pads) have trained, saved, exported."""
     folder = tmp_path_factory.mktemp("padded")
     write_models(folder, VOCABULARY)
-    run_ranks("dist_padded.py", 2, [str(folder)], timeout=200)
+    run_ranks("dist_family.py", 2, [TP2, str(folder), *MODELS], timeout=200)
     return folder
 
 
@@ -99,15 +101,15 @@ def groups() -> Iterator[ParallelGroups]:
 @pytest.mark.parametrize("model", MODELS)
 def test_two_ranks_train_and_export_as_one_without_padding(folder: Path, groups: ParallelGroups, model: str) -> None:
     """Head beside the embedding, and tied to it; each objective whose logits are taken in another way."""
-    expected = train_padded(folder, model, groups, LayoutConfig(), folder / "single")
-    got = torch.load(folder / "tp2" / f"{model}.pt")
+    expected = train_cases(folder, model, groups, LayoutConfig(), folder / "single", list(CASES))
+    got = torch.load(folder / TP2 / f"{model}.pt")
     assert expected.keys() == got.keys()
     for case in expected:
         for ours, theirs in zip(got[case], expected[case], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-9), case
         before, one, two = (
             load_file(path / "model.safetensors")
-            for path in (folder / model, folder / "single" / model / case, folder / "tp2" / model / case)
+            for path in (folder / model, folder / "single" / model / case, folder / TP2 / model / case)
         )
         assert {name: t.shape for name, t in two.items()} == {name: t.shape for name, t in before.items()}
         assert two["model.embed_tokens.weight"].shape[0] == VOCABULARY
@@ -121,14 +123,16 @@ def test_two_ranks_train_and_export_as_one_without_padding(folder: Path, groups:
 def test_what_is_published_has_no_padding(folder: Path) -> None:
     """Every bucket, as the sender has it, is the checkpoint itself."""
     for model in MODELS:
-        sent = torch.load(folder / "tp2" / f"{model}-sent.pt")
+        sent = torch.load(folder / TP2 / f"{model}-sent-0.pt")
         assert differences(sent, load_file(folder / model / "model.safetensors")) == []
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_one_process_continues_what_two_padded(folder: Path, groups: ParallelGroups, model: str) -> None:
     """Weights, moments and teacher come from a checkpoint with another padding."""
-    weights, metrics = continue_from(folder, model, groups, LayoutConfig(), folder / f"continued-{model}")
-    expected_weights, expected_metrics = torch.load(folder / "tp2" / f"{model}-continued.pt")
+    weights, metrics = continue_from(
+        folder, model, folder / TP2 / "checkpoints" / model, groups, LayoutConfig(), folder / f"continued-{model}"
+    )
+    expected_weights, expected_metrics = torch.load(folder / TP2 / f"{model}-continued.pt")
     assert differences(weights, expected_weights) == []
     assert metrics == pytest.approx(expected_metrics, rel=1e-5, abs=1e-9)

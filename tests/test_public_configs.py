@@ -10,9 +10,9 @@ from megatron_sdpo.config import Config, ConfigError, LayoutConfig, ModelConfig,
 from megatron_sdpo.hf_config import check_model, read_hf_config
 from megatron_sdpo.mcore import names
 from tests.hf_reference import unallocated
-from tests.public_configs import DENSE
+from tests.public_configs import DENSE, EXPERTS
 
-MODELS = DENSE
+MODELS = DENSE | EXPERTS
 
 
 def written(folder: Path, name: str) -> Path:
@@ -48,6 +48,7 @@ def test_names_shapes_and_total_are_those_of_the_published_model(tmp_path: Path,
         ("Qwen2.5-72B", 8, 16),
         ("Llama-3.1-8B", 8, 4),
         ("Llama-3.3-70B", 8, 10),
+        ("Qwen3-30B-A3B", 4, 8),
     ],
 )
 def test_a_layout_that_divides_the_model_cuts_every_parameter(tmp_path: Path, name: str, tp: int, pp: int) -> None:
@@ -74,6 +75,7 @@ def test_a_layout_that_divides_the_model_cuts_every_parameter(tmp_path: Path, na
         ("Qwen2.5-7B", 8, 1, "tensor_parallel 8 does not divide the model's 28 attention heads"),
         ("Qwen3-14B", 8, 3, "pipeline_parallel 3 does not divide the model's 40 layers"),
         ("Llama-3.1-8B", 32, 1, "tensor_parallel 32 does not divide the model's 8 key-value heads"),
+        ("Qwen3-30B-A3B", 8, 1, "tensor_parallel 8 does not divide the model's 4 key-value heads"),
         ("Qwen2.5-72B", 8, 32, "pipeline_parallel 32 does not divide the model's 80 layers"),
     ],
 )

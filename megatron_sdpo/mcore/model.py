@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_sdpo.config import LayoutConfig
 from megatron_sdpo.mcore import platform
+from megatron_sdpo.mcore.experts import with_experts
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.modules import PackedRows, cpu_block_spec
 from megatron_sdpo.mcore.names import padded_vocabulary
@@ -72,7 +73,7 @@ def transformer_config(hf: dict[str, Any], layout: LayoutConfig, dtype: torch.dt
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=hf["model_type"] == "qwen2",
-        qk_layernorm=hf["model_type"] == "qwen3",
+        qk_layernorm=hf["model_type"] in ("qwen3", "qwen3_moe"),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_parallel,
@@ -89,7 +90,25 @@ def transformer_config(hf: dict[str, Any], layout: LayoutConfig, dtype: torch.dt
         apply_rope_fusion=fused,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        **_experts(hf, grouped=fused),
     )
+
+
+def _experts(hf: dict[str, Any], grouped: bool) -> dict[str, Any]:
+    """Megatron's settings of a mixture of experts; ``grouped``: one kernel for all experts of a rank."""
+    if "num_experts" not in hf:
+        return {}
+    return {
+        "num_moe_experts": hf["num_experts"],
+        "moe_router_topk": hf["num_experts_per_tok"],
+        "moe_ffn_hidden_size": hf["moe_intermediate_size"],
+        # The softmax of the chosen logits is the normalised softmax of all of them.
+        "moe_router_pre_softmax": not hf["norm_topk_prob"],
+        # transformers has the softmax alone in fp32; the product before it costs nothing, and is rounded less.
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",  # no auxiliary loss
+        "moe_grouped_gemm": grouped,
+    }
 
 
 def build_model(
@@ -136,5 +155,10 @@ def _transformer_engine() -> bool:
 def _block_spec(config: TransformerConfig, n_layers: int) -> Any:
     if not _transformer_engine():
         return cpu_block_spec(config, n_layers)
-    # Not yet run on a GPU: the same model from Transformer Engine's modules, fused norms, attention and rotary.
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    # Not yet run on a GPU: the same model from Transformer Engine's modules, fused norms, attention, rotary, experts.
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        config.num_moe_experts, config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
+    )
+    if config.num_moe_experts:
+        with_experts(spec.submodules)
+    return spec

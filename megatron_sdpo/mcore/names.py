@@ -3,7 +3,8 @@
 Megatron fuses what a Hugging Face checkpoint keeps apart, and cuts it over tensor ranks:
 
 * ``linear_qkv``: for each key-value head its query heads, its key, its value; a rank holds whole key-value heads;
-* ``linear_fc1``: ``[gate; up]`` *of each rank*, so the gathered matrix is ``[gate0; up0; gate1; up1; ...]``.
+* ``linear_fc1``: ``[gate; up]`` *of each rank*, so the gathered matrix is ``[gate0; up0; gate1; up1; ...]``; of each
+  expert, where a layer has experts.
 
 The part of a Hugging Face tensor that a tensor rank holds is therefore always one slice along one axis
 (``HfTensor.slices``), and a rank can turn its local parameter into such slices alone (``split``).
@@ -31,6 +32,9 @@ EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
 
+# Transformer Engine's grouped linears keep their experts' weights as weight0, weight1, ...
+_GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
+_EXPERT = re.compile(r"local_experts\.\d+\.")
 _NUMBER = re.compile(r"^decoder\.layers\.(\d+)\.")
 # Transformer Engine keeps a norm inside the linear that follows it.
 _FUSED_NORMS = {
@@ -126,7 +130,9 @@ def parameters(hf_config: Mapping[str, Any]) -> dict[str, tuple[HfTensor, ...]]:
 
 
 def canonical(local: str) -> str:
-    """A parameter's name as used here, whichever layer spec built the model (Transformer Engine's fuses norms)."""
+    """A parameter's name as used here, whichever layer spec built the model (Transformer Engine's fuses norms and
+    groups experts)."""
+    local = _GROUPED.sub(r"mlp.experts.local_experts.\2.\1.weight", local)
     for fused, plain in _FUSED_NORMS.items():
         if local.endswith(fused):
             return local.removesuffix(fused) + plain
@@ -140,7 +146,7 @@ def local_name(parameter: str, layer_offset: int) -> str:
 
 def tp_axis(name: str) -> int | None:
     """The axis along which tensor ranks cut a Megatron parameter; None: replicated. Unknown names raise ValueError."""
-    inner = _NUMBER.sub("", canonical(name))
+    inner = _EXPERT.sub("local_experts.0.", _NUMBER.sub("", canonical(name)))
     if inner in (EMBEDDING, HEAD):
         return 0
     if inner == FINAL_NORM:
@@ -288,7 +294,7 @@ _Row = tuple[str, tuple[int, ...], str, Part, int | None]
 
 def _layer(hf: Mapping[str, Any]) -> list[_Row]:
     """One layer: (HF name, shape, Megatron name, part, tensor-parallel axis), names without their layer prefix."""
-    width, ffn, d = hf["hidden_size"], hf["intermediate_size"], head_dim(hf)
+    width, d = hf["hidden_size"], head_dim(hf)
     rows = {"q": hf["num_attention_heads"] * d, "k": key_value_heads(hf) * d, "v": key_value_heads(hf) * d}
     family = hf["model_type"]
     qkv: tuple[Part, ...] = ("q", "k", "v")
@@ -298,18 +304,32 @@ def _layer(hf: Mapping[str, Any]) -> list[_Row]:
     if family in ("qwen2", "*"):
         for x in qkv:
             table.append((f"self_attn.{x}_proj.bias", (rows[x],), "self_attention.linear_qkv.bias", x, 0))
-    if family in ("qwen3", "*"):
+    if family in ("qwen3", "qwen3_moe", "*"):
         for x in "qk":
             table.append((f"self_attn.{x}_norm.weight", (d,), f"self_attention.{x}_layernorm.weight", "whole", None))
     table += [
         ("self_attn.o_proj.weight", (width, rows["q"]), "self_attention.linear_proj.weight", "whole", 1),
         ("post_attention_layernorm.weight", (width,), "pre_mlp_layernorm.weight", "whole", None),
-        ("mlp.gate_proj.weight", (ffn, width), "mlp.linear_fc1.weight", "gate", 0),
-        ("mlp.up_proj.weight", (ffn, width), "mlp.linear_fc1.weight", "up", 0),
-        ("mlp.down_proj.weight", (width, ffn), "mlp.linear_fc2.weight", "whole", 1),
     ]
+    if family in ("qwen3_moe", "*"):
+        table.append(("mlp.gate.weight", (hf["num_experts"], width), "mlp.router.weight", "whole", None))
+        for n in range(hf["num_experts"]):
+            inner = f"mlp.experts.local_experts.{n}."
+            table += _gated(f"mlp.experts.{n}.", inner, width, hf["moe_intermediate_size"])
+    if family != "qwen3_moe":
+        table += _gated("mlp.", "mlp.", width, hf["intermediate_size"])
     return table
 
 
+def _gated(prefix: str, inner: str, width: int, units: int) -> list[_Row]:
+    """A gated MLP, or one expert."""
+    return [
+        (f"{prefix}gate_proj.weight", (units, width), f"{inner}linear_fc1.weight", "gate", 0),
+        (f"{prefix}up_proj.weight", (units, width), f"{inner}linear_fc1.weight", "up", 0),
+        (f"{prefix}down_proj.weight", (width, units), f"{inner}linear_fc2.weight", "whole", 1),
+    ]
+
+
 # A config for the questions that do not depend on sizes: the union of all families.
-_EVERYTHING = {"model_type": "*", "hidden_size": 1, "intermediate_size": 1, "num_attention_heads": 1}
+_SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_experts")
+_EVERYTHING = {"model_type": "*", **dict.fromkeys(_SIZES, 1)}
