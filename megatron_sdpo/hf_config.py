@@ -11,6 +11,10 @@ _FAMILIES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
+_MISSING = {  # what megatron-core's layer lacks for architectures that one may well ask for
+    "Olmo3ForCausalLM": "norms on the outputs of attention and MLP instead of their inputs, nor norms of queries and"
+    " keys over all heads together",
+}
 _NEEDED = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
     *("rms_norm_eps", "max_position_embeddings", "hidden_act"),
@@ -73,6 +77,8 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
 def _check_family(hf: dict[str, Any], file: Path) -> None:
     architectures = hf.get("architectures") or ["None"]
     family = _FAMILIES.get(architectures[0])
+    if missing := _MISSING.get(architectures[0]):
+        raise ConfigError(f"{file} has the architecture {architectures[0]!r}, for which megatron-core has no {missing}")
     if len(architectures) != 1 or family is None:
         raise ConfigError(
             f"{file} has the architecture {architectures[0]!r}; supported are {', '.join(map(str, _FAMILIES))}"

@@ -1,7 +1,7 @@
 """Worker of test_padded_vocabulary.py and test_experts.py: train, export, publish and save models on two ranks.
 
-Arguments: layout folder model... (tp2pp1dp1). Reads folder/MODEL; writes, in folder/LAYOUT, MODEL/CASE (exported models),
-MODEL.pt (metrics), MODEL-sent-STAGE.pt (what would be published), checkpoints/MODEL after one batch, and
+Arguments: layout folder model... (tp2pp1dp1). Reads folder/MODEL; writes, in folder/LAYOUT, MODEL/CASE (the exported
+models), MODEL.pt (metrics), MODEL-sent-STAGE.pt (what would be published), checkpoints/MODEL after one batch, and
 MODEL-continued.pt (its weights, and the metrics of the next batch).
 """
 

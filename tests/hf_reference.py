@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ def rotary_frequencies(path: Path) -> Tensor:
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    return LlamaRotaryEmbedding(AutoConfig.from_pretrained(path)).inv_freq
+    config: Any = AutoConfig.from_pretrained(path)
+    return LlamaRotaryEmbedding(config).inv_freq
 
 
 def _load(path: Path) -> torch.nn.Module:

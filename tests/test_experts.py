@@ -92,8 +92,8 @@ def test_weights_of_chosen_experts_may_be_left_as_they_are(tmp_path: Path, group
         (path / "config.json").write_text(json.dumps(settings | {"norm_topk_prob": normalised}))
         model = build_model(read_hf_config(path), LayoutConfig(), groups, torch.float32)
         load_hf(model, path, groups, LayoutConfig())
-        router: Any = model.decoder.layers[0].mlp.router
-        probs_TE, _ = router(torch.randn(5, 1, 96, generator=torch.Generator().manual_seed(1)))
+        layer: Any = model.decoder.layers[0]
+        probs_TE, _ = layer.mlp.router(torch.randn(5, 1, 96, generator=torch.Generator().manual_seed(1)))
         scales.append(probs_TE.sum(1))
     torch.testing.assert_close(scales[0], torch.ones(5))
     assert (scales[1] < 0.999).all()

@@ -10,7 +10,7 @@ from megatron_sdpo.config import Config, ConfigError, LayoutConfig, ModelConfig,
 from megatron_sdpo.hf_config import check_model, read_hf_config
 from megatron_sdpo.mcore import names
 from tests.hf_reference import unallocated
-from tests.public_configs import DENSE, EXPERTS
+from tests.public_configs import DENSE, EXPERTS, OLMO3
 
 MODELS = DENSE | EXPERTS
 
@@ -84,3 +84,17 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         check_model(layout(tp, pp), read_hf_config(written(tmp_path, name)))
+
+
+def test_olmo3_is_refused_with_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(OLMO3))
+    with pytest.raises(ConfigError, match=r"no norms on the outputs of attention and MLP .* over all heads together"):
+        read_hf_config(tmp_path)
+
+
+def test_olmo3_has_what_megatrons_layer_lacks(tmp_path: Path) -> None:
+    """The sentence above is about these tensors: no norm before attention or MLP, and one as wide as all heads."""
+    (tmp_path / "config.json").write_text(json.dumps(OLMO3))
+    layer = {name.removeprefix("model.layers.0."): shape for name, shape in unallocated(tmp_path).items()}
+    assert "input_layernorm.weight" not in layer
+    assert layer["post_feedforward_layernorm.weight"] == layer["self_attn.q_norm.weight"] == (4096,)

@@ -29,8 +29,8 @@ def write_tiny_checkpoint(
 ) -> Path:
     """A checkpoint directory (config.json, model.safetensors, tokenizer files) whose weights follow from ``seed``.
 
-    ``family`` is ``"llama"``, ``"qwen3"`` or ``"qwen3_moe"`` (8 experts of 40 units, 3 a token). ``std`` is large enough for distributions that are far
-    from uniform. Token 0 pads, token ``EOS_ID`` ends a turn. Returns ``path``.
+    ``family`` is ``"llama"``, ``"qwen3"`` or ``"qwen3_moe"`` (8 experts of 40 units, 3 a token). ``std`` is large
+    enough for distributions that are far from uniform. Token 0 pads, token ``EOS_ID`` ends a turn. Returns ``path``.
     """
     path.mkdir(parents=True, exist_ok=True)
     config = {

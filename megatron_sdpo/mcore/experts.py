@@ -79,7 +79,7 @@ class Experts(MoELayer):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """``[T, 1, H] -> [T, 1, H]``, and no bias."""
         if not self.same_tokens:
-            return super().forward(hidden_states, *args, **kwargs)
+            return cast("tuple[Tensor, None]", super().forward(hidden_states, *args, **kwargs))
         probs, routing_map = self.route(hidden_states)
         # Every rank's slices of the experts give a part of both gradients.
         hidden_states, probs = (_SumGradient.apply(x, self.tp_group) for x in (hidden_states, probs))
