@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 
 from megatron_sdpo.config import ConfigError, LayoutConfig
 from megatron_sdpo.hf_config import read_hf_config
+from megatron_sdpo.mcore import checkpoint
 from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
 from megatron_sdpo.mcore.hf import load_hf
 from megatron_sdpo.mcore.model import build_model
+from megatron_sdpo.mcore.streaming import export_hf
 from tests.dist_checkpoint import differences
 from tests.dist_family import cases_of, continue_from, train_cases
 from tests.launch import run_ranks
@@ -68,6 +70,9 @@ def test_two_ranks_train_save_and_publish_as_one(
     weights, metrics = continue_from(folder, MODEL, saved, groups, LayoutConfig(), out / "continued")
     expected_weights, expected_metrics = torch.load(out / f"{MODEL}-continued.pt")
     assert differences(weights, expected_weights) == []
+    hf, converted = read_hf_config(folder / MODEL), out / f"{MODEL}-converted"
+    export_hf(checkpoint.find(saved, None), hf, torch.float32, groups, converted, folder / MODEL, lambda _: None)
+    assert differences(load_file(converted / "model.safetensors"), expected_weights) == []
     assert metrics == pytest.approx(expected_metrics, rel=1e-5, abs=1e-9)
 
 

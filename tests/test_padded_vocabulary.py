@@ -12,7 +12,10 @@ from safetensors.torch import load_file
 from megatron_sdpo.config import LayoutConfig
 from megatron_sdpo.divergence import entropy, sampled_log_probs, student_support, support_log_probs
 from megatron_sdpo.fused import Head, fused_divergence
+from megatron_sdpo.hf_config import read_hf_config
+from megatron_sdpo.mcore import checkpoint
 from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.mcore.streaming import export_hf
 from megatron_sdpo.objective import loss_of_hidden
 from megatron_sdpo.teacher import mixed_logits
 from tests.dist_checkpoint import differences
@@ -130,9 +133,11 @@ def test_what_is_published_has_no_padding(folder: Path) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_one_process_continues_what_two_padded(folder: Path, groups: ParallelGroups, model: str) -> None:
     """Weights, moments and teacher come from a checkpoint with another padding."""
-    weights, metrics = continue_from(
-        folder, model, folder / TP2 / "checkpoints" / model, groups, LayoutConfig(), folder / f"continued-{model}"
-    )
+    saved = folder / TP2 / "checkpoints" / model
+    weights, metrics = continue_from(folder, model, saved, groups, LayoutConfig(), folder / f"continued-{model}")
     expected_weights, expected_metrics = torch.load(folder / TP2 / f"{model}-continued.pt")
     assert differences(weights, expected_weights) == []
+    hf, out = read_hf_config(folder / model), folder / f"{model}-converted"
+    export_hf(checkpoint.find(saved, None), hf, torch.float32, groups, out, folder / model, lambda _: None)
+    assert differences(load_file(out / "model.safetensors"), expected_weights) == []
     assert metrics == pytest.approx(expected_metrics, rel=1e-5, abs=1e-9)

@@ -116,10 +116,27 @@ def build_model(
 ) -> HiddenStatesModel:
     """This rank's stage, weights not yet loaded (their memory is not even set: call ``hf.load_hf``)."""
     config = transformer_config(hf, layout, dtype)
-    n_layers = hf["num_hidden_layers"] // layout.pipeline_parallel
-    model = HiddenStatesModel(
+    model = _stage(hf, layout, groups, config, _block_spec(config, hf["num_hidden_layers"] // layout.pipeline_parallel))
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(hf)
+    _mark_shards(model)
+    return model.to(platform.device())
+
+
+def build_unallocated(hf: dict[str, Any], groups: ParallelGroups, dtype: torch.dtype) -> HiddenStatesModel:
+    """The whole model without memory for its weights: what it is made of, and under which names it is saved."""
+    layout = LayoutConfig()
+    config = transformer_config(hf, layout, dtype)
+    config.use_cpu_initialization = True  # else Megatron asks for a GPU's memory by name
+    with torch.device("meta"):
+        return _stage(hf, layout, groups, config, cpu_block_spec(config, hf["num_hidden_layers"]))
+
+
+def _stage(
+    hf: dict[str, Any], layout: LayoutConfig, groups: ParallelGroups, config: TransformerConfig, spec: Any
+) -> HiddenStatesModel:
+    return HiddenStatesModel(
         config=config,
-        transformer_layer_spec=_block_spec(config, n_layers),
+        transformer_layer_spec=spec,
         vocab_size=padded_vocabulary(hf, layout.tensor_parallel),
         max_sequence_length=hf["max_position_embeddings"],
         pre_process=groups.is_first_stage,
@@ -129,9 +146,6 @@ def build_model(
         rotary_base=hf["rope_theta"],
         rotary_in_attention=not _transformer_engine(),
     )
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(hf)
-    _mark_shards(model)
-    return model.to(platform.device())
 
 
 def _mark_shards(model: torch.nn.Module) -> None:

@@ -198,11 +198,10 @@ def read_shard(
     pieces = []
     for tensor in tensors:
         source = hf_tensors[tensor.name]
-        if tuple(source.shape) != tensor.shape:
-            raise ValueError(f"{tensor.name} has the shape {tuple(source.shape)}, its config says {tensor.shape}")
+        _check_shape(tensor, source)
         piece = source[tensor.slices(tp_rank, tp_size)]
-        if tensor.of_vocabulary:
-            piece = F.pad(piece, (0, 0, 0, tensor.share(tp_size) - len(piece)))
+        if tensor.of_vocabulary and (missing := tensor.share(tp_size) - len(piece)):
+            piece = F.pad(piece, (0, 0, 0, missing))
         pieces.append(piece)
     return fuse(tensors, pieces, hf_config)
 
@@ -223,6 +222,17 @@ def check_names(names: Iterable[str], hf_config: Mapping[str, Any]) -> None:
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise ValueError(f"{kind} tensor {min(wrong)!r}{more} in a {hf_config['model_type']} checkpoint")
+
+
+def check_shapes(hf_tensors: Mapping[str, Sliceable], hf_config: Mapping[str, Any]) -> None:
+    """Raise ValueError that names a tensor of another shape than the config says."""
+    for tensor in hf_layout(hf_config).values():
+        _check_shape(tensor, hf_tensors[tensor.name])
+
+
+def _check_shape(tensor: HfTensor, found: Sliceable) -> None:
+    if tuple(found.shape) != tensor.shape:
+        raise ValueError(f"{tensor.name} has the shape {tuple(found.shape)}, its config says {tensor.shape}")
 
 
 def fuse(tensors: tuple[HfTensor, ...], pieces: list[Tensor], hf_config: Mapping[str, Any]) -> Tensor:
