@@ -48,11 +48,18 @@ class Head:
     """Ranks that share the vocabulary; None: it is whole."""
     chunk: int = CHUNK
     """Tokens whose logits are alive at one time, at least 1."""
+    vocabulary: int | None = None
+    """Entries that exist, over all ranks; rows beyond them only make the ranks' shares equal. None: all exist."""
 
     def logits(self, hidden_CH: Tensor) -> Tensor:
-        """``[C, V]``, multiplied in the weight's dtype, divided by the temperature."""
+        """``[C, V]``, multiplied in the weight's dtype, divided by the temperature; -inf where no entry exists."""
         logits_CV = hidden_CH.to(self.weight_VH.dtype) @ self.weight_VH.t()
-        return logits_CV if self.temperature == 1.0 else logits_CV.div_(self.temperature)
+        if self.temperature != 1.0:
+            logits_CV.div_(self.temperature)
+        if self.vocabulary is not None:
+            first_id = 0 if self.group is None else dist.get_rank(self.group) * len(self.weight_VH)
+            logits_CV[:, max(0, self.vocabulary - first_id) :] = -torch.inf
+        return logits_CV
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         """Rows of each chunk; an empty chunk when there are no tokens, which enters the same collectives."""
@@ -94,18 +101,20 @@ def fused_divergence(
     chunk: int = CHUNK,
     temperature: float = 1.0,
     advantage_bounds: tuple[float, float] | None = None,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """``divergence`` of the head's logits with gradient to ``hidden_TH`` and ``head_VH``; fp32 [T], in nats.
 
     Where the sum over tokens is all that is wanted, ``fused_loss`` is cheaper by a matrix product. The backward
-    pass makes no collective but the sum of the hidden states' gradient. Errors as ``divergence``.
+    pass makes no collective but the sum of the hidden states' gradient. ``vocabulary`` as in ``Head``. Errors as
+    ``divergence``.
     """
     if not len(hidden_TH) == len(ids_TK) == len(teacher_log_probs_TK):
         raise ValueError(
             f"shapes do not fit: hidden states {tuple(hidden_TH.shape)}, ids {tuple(ids_TK.shape)}, teacher log-probs"
             f" {tuple(teacher_log_probs_TK.shape)}; each needs a row for every token"
         )
-    head = Head(head_VH, temperature, group, chunk)
+    head = Head(head_VH, temperature, group, chunk, vocabulary)
 
     def values(logits_CV: Tensor, rows: slice, found: Reading) -> Tensor:
         teacher_CK = teacher_log_probs_TK[rows]

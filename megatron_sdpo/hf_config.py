@@ -5,15 +5,29 @@ from typing import Any
 
 from megatron_sdpo.config import Config, ConfigError, read_json
 
-_FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+_FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+_MISSING = {  # what megatron-core's layer lacks for architectures that one may well ask for
+    "Olmo3ForCausalLM": "norms on the outputs of attention and MLP instead of their inputs, nor norms of queries and"
+    " keys over all heads together",
+}
 _NEEDED = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
     *("rms_norm_eps", "max_position_embeddings", "hidden_act"),
 )
+_NEEDED_OF_FAMILY: dict[str, tuple[str, ...]] = {  # whose default is not what another family's would be
+    "qwen3": ("head_dim",),
+    "qwen3_moe": ("head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+}
 _READ = {
     *(*_NEEDED, "architectures", "model_type", "head_dim", "num_key_value_heads", "tie_word_embeddings"),
     *("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window", "layer_types"),
 }
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _ONLY = {
     "hidden_act": "silu",
     "attention_bias": False,  # Qwen2's bias of queries, keys and values goes without saying
@@ -22,17 +36,20 @@ _ONLY = {
     "rope_interleaved": False,
     "partial_rotary_factor": 1.0,
     "pretraining_tp": 1,
+    "decoder_sparse_step": 1,  # every layer has experts
 }
 _NEUTRAL = {  # keys that do not change what the model computes
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "dtype", "torch_dtype", "initializer_range"),
     *("transformers_version", "use_cache", "max_window_layers", "is_llama_config", "transformers.js_config"),
     *("return_dict", "chunk_size_feed_forward", "id2label", "label2id", "problem_type"),
+    "router_aux_loss_coef",  # of a loss that is not added here
 }
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's config.json with its defaults filled in (``head_dim``, ``num_key_value_heads``, ``rope_theta``,
-    ``tie_word_embeddings``); ConfigError names an architecture, key or value that is not supported here.
+    """A checkpoint's config.json with its defaults filled in (``head_dim``, ``num_key_value_heads``,
+    ``tie_word_embeddings``) and its rotary embedding under ``rope_theta`` and ``rope_scaling`` (None, or all numbers of
+    Llama 3), however it was spelled; ConfigError names an architecture, key or value that is not supported here.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
@@ -42,35 +59,45 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
     hf = read_json(file, "the model's configuration")
     if not isinstance(hf, dict):
         raise ConfigError(f"{file} does not hold a JSON object; set model.path to a Hugging Face checkpoint directory")
+    if hf.get("model_type") == "qwen3_moe" and "num_local_experts" in hf:  # transformers 5 writes it so
+        hf = {"num_experts": hf["num_local_experts"], **hf}
+        if hf["num_experts"] != hf.pop("num_local_experts"):
+            raise ConfigError(f"{file} says num_experts and num_local_experts, which differ; remove one of them")
     _check_family(hf, file)
     _check_values(hf, file)
-    older, rope = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
-    for key, value in (*older.items(), *rope.items()):
-        if key != "rope_theta" and value not in ("default", None):
-            raise ConfigError(f"{file} has rotary scaling {key}={value!r}; only plain rotary embedding is supported")
     heads = hf["num_attention_heads"]
     defaults = {
         "head_dim": hf["hidden_size"] // heads,
         "num_key_value_heads": heads,
-        "rope_theta": rope.get("rope_theta", older.get("rope_theta", 10000.0)),
         "tie_word_embeddings": False,
     }
-    return {**hf, **{key: value for key, value in defaults.items() if hf.get(key) is None}}
+    return {**hf, **{key: value for key, value in defaults.items() if hf.get(key) is None}, **_rotary(hf, file)}
 
 
 def _check_family(hf: dict[str, Any], file: Path) -> None:
     architectures = hf.get("architectures") or ["None"]
     family = _FAMILIES.get(architectures[0])
+    if missing := _MISSING.get(architectures[0]):
+        raise ConfigError(f"{file} has the architecture {architectures[0]!r}, for which megatron-core has no {missing}")
     if len(architectures) != 1 or family is None:
         raise ConfigError(
             f"{file} has the architecture {architectures[0]!r}; supported are {', '.join(map(str, _FAMILIES))}"
         )
     if hf.get("model_type") != family:
         raise ConfigError(f"{file} has model_type {hf.get('model_type')!r}; {architectures[0]} must have {family!r}")
-    needed = _NEEDED if family != "qwen3" else (*_NEEDED, "head_dim")  # whose default is not hidden_size / heads
-    for key in needed:
+    for key in (*_NEEDED, *_NEEDED_OF_FAMILY.get(family, ())):
         if hf.get(key) is None:
             raise ConfigError(f"{file} does not say {key}; use a complete Hugging Face configuration")
+    if family == "qwen3_moe":
+        _check_experts(hf, file)
+
+
+def _check_experts(hf: dict[str, Any], file: Path) -> None:
+    chosen, least = hf["num_experts_per_tok"], 2 if hf["norm_topk_prob"] else 1  # one normalised weight is always 1
+    if not least <= chosen <= hf["num_experts"]:
+        raise ConfigError(
+            f"{file} has num_experts_per_tok={chosen}; it must lie between {least} and num_experts={hf['num_experts']}"
+        )
 
 
 def _check_values(hf: dict[str, Any], file: Path) -> None:
@@ -81,12 +108,47 @@ def _check_values(hf: dict[str, Any], file: Path) -> None:
     for key, value in hf.items():
         if key in _ONLY and value not in (_ONLY[key], None):
             raise ConfigError(f"{file} has {key}={value!r}, which is not supported; only {key}={_ONLY[key]!r} is")
-        known = key in _READ or key in _ONLY or key in _NEUTRAL or key.startswith("_")
+        known = (
+            key in _READ
+            or key in _NEEDED_OF_FAMILY.get(hf["model_type"], ())
+            or key in _ONLY
+            or key in _NEUTRAL
+            or key.startswith("_")
+        )
         if not known and value not in (None, False, [], {}):
             raise ConfigError(
                 f"{file} has {key}={value!r}, which this package does not know; remove the key if the model is the same"
                 " without it"
             )
+
+
+def _rotary(hf: dict[str, Any], file: Path) -> dict[str, Any]:
+    """``rope_theta`` and ``rope_scaling`` from ``rope_parameters`` (transformers 5) or the older two keys."""
+    older, newer = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
+    if older and newer and older != newer:
+        raise ConfigError(f"{file} has rope_scaling and rope_parameters, which differ; remove one of them")
+    said = {"type": "default", **older, **newer}
+    bases = {base for base in (hf.get("rope_theta"), said.pop("rope_theta", None)) if base is not None}
+    if len(bases) > 1:
+        raise ConfigError(f"{file} says rope_theta twice, {' and '.join(map(str, bases))}; remove one of them")
+    older_kind = said.pop("type")
+    kind = said.pop("rope_type", older_kind)
+    said = {key: value for key, value in said.items() if value is not None}
+    if kind not in ("default", "llama3"):
+        raise ConfigError(
+            f"{file} has rotary scaling rope_type={kind!r}; supported are plain rotary embedding and 'llama3'"
+        )
+    if said.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"{file} rotates a part of each head (partial_rotary_factor), which is not supported")
+    wanted = _LLAMA3 if kind == "llama3" else ()
+    if set(said) != set(wanted):
+        raise ConfigError(
+            f"{file} has rotary scaling {kind!r} with the keys {sorted(said)}; it needs {sorted(wanted) or 'none'}"
+        )
+    if kind == "llama3" and not 0 < said["low_freq_factor"] < said["high_freq_factor"]:
+        raise ConfigError(f"{file} has a low_freq_factor that is not below its high_freq_factor; check rope_scaling")
+    scaling = {"rope_type": kind, **said} if kind == "llama3" else None
+    return {"rope_theta": bases.pop() if bases else 10000.0, "rope_scaling": scaling}
 
 
 def read_model_config(config: Config) -> dict[str, Any]:
@@ -103,13 +165,12 @@ def read_model_config(config: Config) -> dict[str, Any]:
 
 
 def check_model(config: Config, model: dict[str, Any]) -> None:
-    """Refuse a layout that does not divide the model's heads, layers or vocabulary, and sizes beyond the model's."""
+    """Refuse a layout that does not divide the model's heads, MLP or layers, and sizes beyond the model's."""
     tp, pp = config.layout.tensor_parallel, config.layout.pipeline_parallel
     sizes = {
         "attention heads": model["num_attention_heads"],
         "key-value heads": model.get("num_key_value_heads", model["num_attention_heads"]),
-        "vocabulary entries": model["vocab_size"],
-        "MLP units": model["intermediate_size"],
+        "MLP units": model.get("moe_intermediate_size", model["intermediate_size"]),
     }
     for what, size in sizes.items():
         if size % tp:

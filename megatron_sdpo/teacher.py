@@ -36,10 +36,12 @@ def mixed_logits(initial_NV: Tensor, student_NV: Tensor, mixture: float) -> Tens
     """Logits of the trust-region teacher: q_initial^(1 - mixture) * q_student^mixture, normalised (paper eq. 10).
 
     Two shards of the same vocabulary entries; fp32 at least. The mixture's own log-sum-exp is needed for any
-    log-prob of it, so it must be formed on every entry before anything is reduced.
+    log-prob of it, so it must be formed on every entry before anything is reduced. An entry that does not exist
+    (-inf in both) stays so.
     """
     dtype = torch.promote_types(initial_NV.dtype, torch.float32)
-    return initial_NV.to(dtype).lerp(student_NV.to(dtype), mixture)
+    mixed_NV = initial_NV.to(dtype).lerp(student_NV.to(dtype), mixture)
+    return mixed_NV.masked_fill_(initial_NV == -torch.inf, -torch.inf)
 
 
 class TeacherWeights:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,13 +25,13 @@ _LENGTHS = (
 )
 
 
-def write_models(folder: Path) -> None:
-    """``folder/NAME`` for each of ``MODELS``, and beside it ``NAME-teacher`` with other weights, not far away."""
-    for name in MODELS:
-        family, tied = name.split("-")[0], name.endswith("tied")
+def write_models(folder: Path, vocabulary: int = VOCABULARY, models: Sequence[str] = MODELS) -> None:
+    """``folder/NAME`` for each of ``models``, and beside it ``NAME-teacher`` with other weights, not far away."""
+    for name in models:
+        family, tied = name.removesuffix("-tied"), name.endswith("-tied")
         for path, seed in ((folder / name, 1), (folder / f"{name}-teacher", 2)):
             write_tiny_checkpoint(
-                path, seed, family, VOCABULARY, HIDDEN, layers=2, kv_heads=2, head_dim=12, intermediate_size=80, std=0.2
+                path, seed, family, vocabulary, HIDDEN, layers=2, kv_heads=2, head_dim=12, intermediate_size=80, std=0.2
             )
             if tied:
                 _tie(path)

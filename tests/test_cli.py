@@ -168,8 +168,7 @@ def with_setting(**settings: object) -> Callable[[Path], None]:
         (with_setting(architectures=["MambaForCausalLM"]), "architecture 'MambaForCausalLM'; supported are Llama"),
         (with_setting(hidden_size=None), "does not say hidden_size"),
         (with_setting(vocab_size=102), "has 104 ids, its model only 102"),
-        (with_setting(vocab_size=105), "does not divide the model's 105 vocabulary entries; set a divisor of 105"),
-        (with_setting(rope_scaling={"rope_type": "yarn"}), "only plain rotary embedding is supported"),
+        (with_setting(rope_parameters={"rope_type": "yarn"}), "rope_type='yarn'; supported are plain rotary"),
     ],
 )
 def test_a_model_that_cannot_be_used_is_refused(tmp_path: Path, change: Callable[[Path], None], words: str) -> None:

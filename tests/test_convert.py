@@ -1,6 +1,7 @@
 """megatron-sdpo convert, both ways: every bit of the weights arrives, and a target is complete or not there."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -8,20 +9,25 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_sdpo import cli
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import LayoutConfig
 from megatron_sdpo.hf_config import read_hf_config
-from megatron_sdpo.mcore import checkpoint
+from megatron_sdpo.mcore import checkpoint, names
 from megatron_sdpo.mcore.groups import initialize, shutdown
-from megatron_sdpo.mcore.hf import save_hf
+from megatron_sdpo.mcore.hf import HfCheckpoint, save_hf
 from megatron_sdpo.mcore.model import build_model
+from megatron_sdpo.mcore.safetensors_writer import SafetensorsWriter
 from tests.dist_checkpoint import differences
 from tests.launch import ROOT
 from tests.learner_setup import learn, make_batch, make_config, make_learner, write_models
@@ -45,6 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("convert")
     write_models(folder)
     write_tiny_checkpoint(folder / "bf16", seed=5, layers=2, dtype=torch.bfloat16)
+    write_tiny_checkpoint(folder / "qwen3_moe", seed=6, family="qwen3_moe", kv_heads=2)
     return folder
 
 
@@ -79,7 +86,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     return error
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "bf16", "qwen3_moe"])
 def test_a_hugging_face_directory_becomes_a_checkpoint(
     folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,8 +99,25 @@ def test_a_hugging_face_directory_becomes_a_checkpoint(
     model = build_model(read_hf_config(folder / name), layout, groups, dtype)
     checkpoint.load_model(model, target)
     save_hf(model, tmp_path / "back", groups, layout, folder / name)
+    checkpoint.save_model(model, tmp_path / "megatrons")
     shutdown()
     assert differences(_weights(tmp_path / "back"), _weights(folder / name)) == []
+    assert _described(target) == _described(tmp_path / "megatrons")
+
+
+def _described(checkpoint: Path) -> dict[str, Any]:
+    """Everything that a sharded checkpoint says of its content, but where the bytes are."""
+    found: dict[str, Any] = {
+        name: (stored.size, stored.properties.dtype, sorted((c.offsets, c.sizes) for c in stored.chunks))
+        if isinstance(stored, TensorStorageMetadata)
+        else type(stored)
+        for name, stored in FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items()
+    }
+    return {
+        **found,
+        "format": (checkpoint / "metadata.json").read_text(),
+        "common": torch.load(checkpoint / "common.pt"),
+    }
 
 
 @pytest.mark.parametrize("step", [None, 1, 2])
@@ -172,3 +196,133 @@ def test_a_directory_that_lacks_a_tensor_is_refused_by_its_name(
     save_file(tensors, tmp_path / "broken" / "model.safetensors")
     assert "model.layers.1.mlp.up_proj.weight" in _refused(capsys, tmp_path / "broken", tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_half_a_directory_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file cut short, one that the index names and nobody has written, and one of another shape."""
+    source = tmp_path / "source"
+    shutil.copytree(folder / "llama", source)
+    whole = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "model.safetensors is not a whole safetensors file" in _refused(capsys, source, tmp_path / "target")
+    (source / "model.safetensors").write_bytes(whole)
+    weight_map = dict.fromkeys(_weights(source), "model.safetensors") | {"lm_head.weight": "model-2.safetensors"}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "has no model-2.safetensors, which its" in _refused(capsys, source, tmp_path / "target")
+    (source / "model.safetensors.index.json").unlink()
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | {"intermediate_size": 82}))
+    assert "its config says (82, 48)" in _refused(capsys, source, tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    folder: Path, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
+    config = configuration.load(run_dir / "config.json")
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder / "llama")))
+    configuration.save(other, tmp_path / "run" / "config.json")
+    assert "of shape (104, 96), the run's model (104, 48)" in _refused(capsys, tmp_path / "run", tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+    part = next((tmp_path / "run" / "checkpoints" / "step-00000002").glob("*.distcp"))
+    part.unlink()
+    configuration.save(config, tmp_path / "run" / "config.json")
+    assert part.name in _refused(capsys, tmp_path / "run", tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+# Peak resident memory of the process, libraries included, before and after a conversion.
+MEASURED = """
+import sys
+from pathlib import Path
+from megatron_sdpo.launch.convert import convert_checkpoint
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+if __name__ == "__main__":
+    before = peak()
+    print(convert_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), None))
+    print("peak", before, peak())
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """1.3 GB of weights in three files, there and back; the largest parameters have 34 MB."""
+    source, run = tmp_path / "source", tmp_path / "run"
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "layers": 20, "heads": 16, "kv_heads": 8, "head_dim": 64}
+    _write_large(source, **sizes)
+    run.mkdir()
+    configuration.save(dataclasses.replace(make_config(source), run_dir=str(run)), run / "config.json")
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    assert size > 1.3e9
+    for job in ((source, run / "checkpoints" / "step-00000001"), (run, tmp_path / "back")):
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURED, *map(str, job)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        before, peak = map(int, done.stdout.splitlines()[-1].split()[1:])
+        print(f"{size / 1e9:.2f} GB of weights: {before / 1e6:.0f} MB before, at most {peak / 1e6:.0f} MB")
+        assert peak - before < 0.3 * size
+    for file in sorted(source.glob("*.safetensors")):
+        with (
+            safe_open(file, framework="pt") as ours,
+            safe_open(tmp_path / "back" / "model.safetensors", "pt") as theirs,
+        ):
+            for name in ours.keys():  # noqa: SIM118
+                assert torch.equal(ours.get_tensor(name), theirs.get_tensor(name)), name
+
+
+def _write_large(path: Path, **sizes: int) -> None:
+    """A checkpoint as write_tiny_checkpoint makes, of these sizes, without holding it."""
+    write_tiny_checkpoint(path, seed=1, vocab_size=8_000)
+    settings = json.loads((path / "config.json").read_text())
+    renamed = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
+    settings |= {renamed.get(key, key): value for key, value in sizes.items()}
+    (path / "config.json").write_text(json.dumps(settings))
+    (path / "model.safetensors").unlink()
+    shapes = {name: tensor.shape for name, tensor in names.hf_layout(read_hf_config(path)).items()}
+    with SafetensorsWriter(path, shapes, torch.float32, 500_000_000) as writer:
+        for i, (name, shape) in enumerate(shapes.items()):
+            writer.write(name, torch.randn(shape, generator=torch.Generator().manual_seed(i)))
+
+
+def test_the_writer_is_read_by_safetensors(tmp_path: Path) -> None:
+    shapes = {"a": (3, 5), "b": (7,), "c": (2, 2)}
+    values = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    for most, files in (
+        (1 << 30, ["model.safetensors"]),
+        (30, [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]),
+    ):
+        folder = tmp_path / str(most)
+        folder.mkdir()
+        with SafetensorsWriter(folder, shapes, torch.bfloat16, most) as writer:
+            for name in ("c", "a", "b"):
+                writer.write(name, values[name])
+        assert sorted(path.name for path in folder.glob("*.safetensors")) == files
+        with HfCheckpoint(folder, {}) as found:
+            assert found.keys() == values.keys()
+            for name, value in values.items():
+                assert torch.equal(found[name][:], value)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2 * (15 + 7 + 4)
+
+
+def test_the_writer_refuses_what_it_was_not_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="b and 0 more were not written"):
+        with SafetensorsWriter(tmp_path, {"a": (2,), "b": (2,)}, torch.float32, 1 << 30) as writer:
+            writer.write("a", torch.zeros(2))
+            for name, tensor, words in (
+                ("a", torch.zeros(2), "a came twice"),
+                ("c", torch.zeros(2), "c is not a tensor of this model"),
+                ("b", torch.zeros(3), "b is torch.float32 of shape"),
+                ("b", torch.zeros(2).bfloat16(), "b is torch.bfloat16"),
+            ):
+                with pytest.raises(ValueError, match=words):
+                    writer.write(name, tensor)

@@ -24,6 +24,7 @@ def config(family: str = "llama", tied: bool = False) -> dict[str, Any]:
         "num_key_value_heads": KV_HEADS,
         "head_dim": HEAD_DIM,
         "tie_word_embeddings": tied,
+        **({"num_experts": 6, "moe_intermediate_size": 12} if family == "qwen3_moe" else {}),
     }
 
 
@@ -42,7 +43,7 @@ def concatenated(shards: list[Tensor], axis: int | None) -> Tensor:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_there_and_back_is_the_same_to_the_bit(family: str, tied: bool, tp: int, pp: int) -> None:
     hf = config(family, tied)
@@ -61,10 +62,11 @@ def test_there_and_back_is_the_same_to_the_bit(family: str, tied: bool, tp: int,
         assert torch.equal(after[name], value), name
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
-def test_the_layout_says_where_each_slice_lies(tp: int, pp: int) -> None:
+def test_the_layout_says_where_each_slice_lies(family: str, tp: int, pp: int) -> None:
     """Each rank alone, from its local parameter, recovers the slices that hf_layout promises; they cover the tensor."""
-    hf = config("qwen3")
+    hf = config(family)
     before = checkpoint(hf)
     covered = {name: torch.zeros(value.shape) for name, value in before.items()}
     for rank, tp_rank in itertools.product(range(pp), range(tp)):
@@ -131,7 +133,7 @@ def test_a_tensor_of_another_shape_is_named() -> None:
         names.to_megatron(tensors, hf, 0, 2, **stage(1, 0))
 
 
-@pytest.mark.parametrize("name", ["decoder.layers.0.mlp.router.weight", "decoder.layers.4.mlp.linear_fc2.weight", "x"])
+@pytest.mark.parametrize("name", ["decoder.layers.0.mlp.router.bias", "decoder.layers.4.mlp.linear_fc2.weight", "x"])
 def test_unknown_megatron_parameters_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         names.megatron_to_hf(name, torch.zeros(2, 2), config())
@@ -141,9 +143,30 @@ def test_unknown_megatron_parameters_are_named(name: str) -> None:
 
 
 def test_a_cut_that_does_not_divide_is_refused() -> None:
-    hf = config() | {"vocab_size": 41}
-    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight of shape \(41, 32\) cannot be cut into 2"):
-        names.hf_layout(hf)["model.embed_tokens.weight"].slices(0, 2)
+    hf = config() | {"intermediate_size": 25}
+    name = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match=rf"{name} of shape \(25, 32\) cannot be cut into 2"):
+        names.hf_layout(hf)[name].slices(0, 2)
+
+
+@pytest.mark.parametrize(("vocabulary", "tp"), [(41, 2), (5, 4), (41, 4), (40, 4), (3, 2)])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_vocabulary_is_padded_with_zeros_that_leave_with_no_tensor(name: str, vocabulary: int, tp: int) -> None:
+    """5 entries on 4 ranks: the third rank holds one entry and one row of padding, the fourth padding alone."""
+    hf = config() | {"vocab_size": vocabulary}
+    tensors = checkpoint(hf)
+    padded = names.padded_vocabulary(hf, tp)
+    assert (padded % tp, vocabulary <= padded < vocabulary + tp) == (0, True)
+    parameter = names.hf_layout(hf)[name].parameter
+    shards = [names.to_megatron(tensors, hf, rank, tp, **stage(1, 0))[parameter] for rank in range(tp)]
+    made_of = names.parameters(hf)[parameter]
+    assert {tuple(shard.shape) for shard in shards} == {names.local_shape(made_of, tp)} == {(padded // tp, 32)}
+    full = torch.cat(shards)
+    assert not full[vocabulary:].any()
+    full[vocabulary:] = torch.nan  # whatever stands there stays there
+    ((exported, value),) = names.megatron_to_hf(parameter, full, hf, tp)
+    assert exported == name
+    assert torch.equal(value, tensors[name])
 
 
 def test_transformer_engines_fused_norms_have_their_plain_names() -> None:
@@ -151,3 +174,12 @@ def test_transformer_engines_fused_norms_have_their_plain_names() -> None:
     assert names.canonical(fused) == "decoder.layers.1.input_layernorm.weight"
     assert names.megatron_to_hf(fused, torch.ones(32), config(), 2, 2)[0][0] == "model.layers.3.input_layernorm.weight"
     assert names.tp_axis(fused) is None
+
+
+def test_transformer_engines_grouped_experts_have_their_plain_names() -> None:
+    hf = config("qwen3_moe")
+    grouped = "decoder.layers.1.mlp.experts.linear_fc1.weight5"
+    assert names.canonical(grouped) == "decoder.layers.1.mlp.experts.local_experts.5.linear_fc1.weight"
+    assert names.tp_axis(grouped) == 0
+    pairs = names.megatron_to_hf(grouped, torch.ones(24, 32), hf, 2, 2)
+    assert [name for name, _ in pairs] == [f"model.layers.3.mlp.experts.5.{x}_proj.weight" for x in ("gate", "up")]

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from megatron_sdpo.rollout import cpu_platform
 
 EOS_ID = 1
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
 
 def write_tiny_checkpoint(
@@ -28,12 +29,12 @@ def write_tiny_checkpoint(
 ) -> Path:
     """A checkpoint directory (config.json, model.safetensors, tokenizer files) whose weights follow from ``seed``.
 
-    ``family`` is ``"llama"`` or ``"qwen3"``. ``std`` is large enough for distributions that are far
-    from uniform. Token 0 pads, token ``EOS_ID`` ends a turn. Returns ``path``.
+    ``family`` is ``"llama"``, ``"qwen3"`` or ``"qwen3_moe"`` (8 experts of 40 units, 3 a token). ``std`` is large
+    enough for distributions that are far from uniform. Token 0 pads, token ``EOS_ID`` ends a turn. Returns ``path``.
     """
     path.mkdir(parents=True, exist_ok=True)
     config = {
-        "architectures": [{"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]],
+        "architectures": [ARCHITECTURES[family]],
         "model_type": family,
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
@@ -53,6 +54,9 @@ def write_tiny_checkpoint(
         "pad_token_id": 0,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+    if family == "qwen3_moe":
+        config |= {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
+        config |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.001}
     (path / "config.json").write_text(json.dumps(config, indent=2))
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -73,13 +77,17 @@ def _shapes(config: dict) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj": (key, hidden),
         "self_attn.v_proj": (key, hidden),
         "self_attn.o_proj": (hidden, query),
-        "mlp.gate_proj": (middle, hidden),
-        "mlp.up_proj": (middle, hidden),
-        "mlp.down_proj": (hidden, middle),
         "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
     }
-    if config["model_type"] == "qwen3":
+    experts = [f"mlp.experts.{n}" for n in range(config.get("num_experts", 0))]
+    if experts:
+        middle = config["moe_intermediate_size"]
+        layer["mlp.gate"] = (len(experts), hidden)
+    for mlp in experts or ["mlp"]:
+        layer |= {f"{mlp}.gate_proj": (middle, hidden), f"{mlp}.up_proj": (middle, hidden)}
+        layer[f"{mlp}.down_proj"] = (hidden, middle)
+    if config["model_type"] != "llama":
         layer |= {"self_attn.q_norm": (config["head_dim"],), "self_attn.k_norm": (config["head_dim"],)}
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for i in range(config["num_hidden_layers"]):

@@ -3,24 +3,23 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_sdpo.config import ConfigError, LayoutConfig
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore import names, platform
 from megatron_sdpo.mcore.groups import ParallelGroups
+from megatron_sdpo.mcore.safetensors_writer import INDEX, SafetensorsWriter
 
-_INDEX = "model.safetensors.index.json"
-_SHARD_BYTES = 4 << 30
+SHARD_BYTES = 4 << 30
 # Besides the weights and config.json, an exported directory has these when its source has them.
 _COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"),
@@ -51,6 +50,8 @@ class HfCheckpoint(Mapping[str, DiskTensor]):
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
         where = _files_by_tensor(self.path)
+        if lost := sorted(file for file in set(where.values()) if not (self.path / file).is_file()):
+            raise ConfigError(f"{path} has no {lost[0]}, which its {INDEX} names; use a complete checkpoint")
         self._where = {name: file for name, file in where.items() if not name.endswith("rotary_emb.inv_freq")}
         if hf_config.get("tie_word_embeddings"):
             self._drop_tied_head()
@@ -59,8 +60,7 @@ class HfCheckpoint(Mapping[str, DiskTensor]):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._files.clear()
-        self._stack.close()
+        self.release()
 
     def __getitem__(self, name: str) -> DiskTensor:
         return DiskTensor(self._open(name).get_slice(name))
@@ -71,10 +71,15 @@ class HfCheckpoint(Mapping[str, DiskTensor]):
     def __len__(self) -> int:
         return len(self._where)
 
+    def release(self) -> None:
+        """Close the files, whose pages count as this process's memory once read; the next read opens its own again."""
+        self._files.clear()
+        self._stack.close()
+
     def _open(self, name: str) -> Any:
         file = self._where[name]
         if file not in self._files:
-            self._files[file] = self._stack.enter_context(safe_open(self.path / file, framework="pt"))
+            self._files[file] = self._stack.enter_context(_opened(self.path / file))
         return self._files[file]
 
     def _drop_tied_head(self) -> None:
@@ -118,18 +123,18 @@ def save_hf(
     groups: ParallelGroups,
     layout: LayoutConfig,
     source_dir: str | Path,
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the whole model as a Hugging Face directory, from rank 0; every rank must call this.
 
     Weights keep the model's dtype; config.json (with that dtype) and tokenizer files come from ``source_dir``. The
-    directory appears complete or not at all; an earlier one at ``path`` is replaced. Rank 0 holds one tensor and up
-    to ``shard_bytes`` of finished ones at a time.
+    directory appears complete or not at all; an earlier one at ``path`` is replaced. Rank 0 holds one parameter more
+    than its own at a time; ``shard_bytes`` is the size of a file.
     """
     hf_config = read_hf_config(source_dir)
     tensors = _gathered(model, hf_config, groups, layout)
     if groups.rank == 0:
-        _write(tensors, Path(path), Path(source_dir), shard_bytes)
+        write_directory(tensors, hf_config, next(model.parameters()).dtype, Path(path), Path(source_dir), shard_bytes)
     else:
         for _ in tensors:  # nothing is yielded here: this rank only sends
             raise AssertionError("only rank 0 receives")
@@ -168,7 +173,7 @@ def _gathered(
             if groups.rank == 0:
                 pieces: list[list[Tensor]] = [names.split(tensors, shard, hf_config) for shard in shards]
                 for tensor, whole in zip(tensors, zip(*pieces, strict=True), strict=True):
-                    yield tensor.name, whole[0] if tensor.tp_axis is None else torch.cat(whole, tensor.tp_axis)
+                    yield tensor.name, names.join(tensor, whole)
 
 
 def _to_rank_0(
@@ -193,64 +198,65 @@ def _to_rank_0(
     return shards
 
 
-def _write(tensors: Iterator[tuple[str, Tensor]], path: Path, source: Path, shard_bytes: int) -> None:
-    """Everything into a directory beside ``path``, which then takes its place."""
+def write_directory(
+    tensors: Iterable[tuple[str, Tensor]],
+    hf_config: Mapping[str, Any],
+    dtype: torch.dtype,
+    path: Path,
+    source: Path,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Every tensor of the model, config.json and companions into a directory beside ``path``, which takes its place."""
     building, old = (path.with_name(f".{path.name}.{what}") for what in ("building", "old"))
     for leftover in (building, old):
         shutil.rmtree(leftover, ignore_errors=True)
     building.mkdir(parents=True)
-    dtype = _write_weights(tensors, building, shard_bytes)
-    config = json.loads((source / "config.json").read_text())
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
-    (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for pattern in _COMPANIONS:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, building / file.name)
+    try:
+        _fill(building, tensors, hf_config, dtype, source, shard_bytes)
+    except BaseException:
+        shutil.rmtree(building)
+        raise
     if path.exists():
         os.rename(path, old)
     os.rename(building, path)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> torch.dtype:
-    """One model.safetensors, or numbered files and their index when there is more than ``shard_bytes``."""
-    files: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    total, dtype = 0, torch.float32
-
-    def flush() -> None:
-        if pending:
-            save_file(pending, folder / f"part-{len(files)}", metadata={"format": "pt"})
-            files.append(list(pending))
-            pending.clear()
-
-    for name, tensor in tensors:
-        pending[name] = tensor.contiguous().cpu()
-        total, dtype = total + tensor.nbytes, tensor.dtype
-        if sum(t.nbytes for t in pending.values()) >= shard_bytes:
-            flush()
-    flush()
-    if len(files) == 1:
-        os.rename(folder / "part-0", folder / "model.safetensors")
-        return dtype
-    weight_map = {}
-    for i, contents in enumerate(files):
-        file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        os.rename(folder / f"part-{i}", folder / file)
-        weight_map |= dict.fromkeys(contents, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return dtype
+def _fill(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    hf_config: Mapping[str, Any],
+    dtype: torch.dtype,
+    source: Path,
+    shard_bytes: int,
+) -> None:
+    shapes = {name: tensor.shape for name, tensor in names.hf_layout(hf_config).items()}
+    with SafetensorsWriter(folder, shapes, dtype, shard_bytes) as writer:
+        for name, tensor in tensors:
+            writer.write(name, tensor)
+    config = json.loads((source / "config.json").read_text())
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
 
 
 def _files_by_tensor(path: Path) -> dict[str, str]:
     """Tensor name -> file name, from the index or else from the one or more files there are."""
-    if (path / _INDEX).is_file():
-        return json.loads((path / _INDEX).read_text())["weight_map"]
+    if (path / INDEX).is_file():
+        return json.loads((path / INDEX).read_text())["weight_map"]
     where: dict[str, str] = {}
     for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as handle:
+        with _opened(file) as handle:
             where |= dict.fromkeys(handle.keys(), file.name)
     if not where:
         raise ConfigError(f"{path} has no *.safetensors file; set model.path to a complete checkpoint")
     return where
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ConfigError(f"{file} is not a whole safetensors file ({error})") from error

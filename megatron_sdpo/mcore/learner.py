@@ -228,6 +228,7 @@ class Learner:
             self.config.rollout.temperature,
             self.groups.tensor,
             self.config.layout.head_chunk_tokens,
+            self.hf_config["vocab_size"],
         )
 
     def _mini_batches(self, batch: Batch) -> list[list[int]]:

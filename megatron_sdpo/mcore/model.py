@@ -14,8 +14,11 @@ from torch import Tensor
 
 from megatron_sdpo.config import LayoutConfig
 from megatron_sdpo.mcore import platform
+from megatron_sdpo.mcore.experts import with_experts
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.modules import PackedRows, cpu_block_spec
+from megatron_sdpo.mcore.names import padded_vocabulary
+from megatron_sdpo.mcore.rotary import inverse_frequencies
 
 
 class HiddenStatesModel(GPTModel):
@@ -32,7 +35,8 @@ class HiddenStatesModel(GPTModel):
     def head(self) -> Tensor:
         """The vocabulary-parallel head, ``[V, H]`` local: the output layer's weight, or the tied embedding.
 
-        Last stage only.
+        Last stage only. Rows beyond the vocabulary (``names.padded_vocabulary``) are zero, and their logits are not to
+        be used: ``fused.Head`` takes the size of the vocabulary.
         """
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
@@ -69,7 +73,7 @@ def transformer_config(hf: dict[str, Any], layout: LayoutConfig, dtype: torch.dt
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=hf["model_type"] == "qwen2",
-        qk_layernorm=hf["model_type"] == "qwen3",
+        qk_layernorm=hf["model_type"] in ("qwen3", "qwen3_moe"),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_parallel,
@@ -86,7 +90,25 @@ def transformer_config(hf: dict[str, Any], layout: LayoutConfig, dtype: torch.dt
         apply_rope_fusion=fused,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        **_experts(hf, grouped=fused),
     )
+
+
+def _experts(hf: dict[str, Any], grouped: bool) -> dict[str, Any]:
+    """Megatron's settings of a mixture of experts; ``grouped``: one kernel for all experts of a rank."""
+    if "num_experts" not in hf:
+        return {}
+    return {
+        "num_moe_experts": hf["num_experts"],
+        "moe_router_topk": hf["num_experts_per_tok"],
+        "moe_ffn_hidden_size": hf["moe_intermediate_size"],
+        # The softmax of the chosen logits is the normalised softmax of all of them.
+        "moe_router_pre_softmax": not hf["norm_topk_prob"],
+        # transformers has the softmax alone in fp32; the product before it costs nothing, and is rounded less.
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",  # no auxiliary loss
+        "moe_grouped_gemm": grouped,
+    }
 
 
 def build_model(
@@ -94,11 +116,28 @@ def build_model(
 ) -> HiddenStatesModel:
     """This rank's stage, weights not yet loaded (their memory is not even set: call ``hf.load_hf``)."""
     config = transformer_config(hf, layout, dtype)
-    n_layers = hf["num_hidden_layers"] // layout.pipeline_parallel
-    model = HiddenStatesModel(
+    model = _stage(hf, layout, groups, config, _block_spec(config, hf["num_hidden_layers"] // layout.pipeline_parallel))
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(hf)
+    _mark_shards(model)
+    return model.to(platform.device())
+
+
+def build_unallocated(hf: dict[str, Any], groups: ParallelGroups, dtype: torch.dtype) -> HiddenStatesModel:
+    """The whole model without memory for its weights: what it is made of, and under which names it is saved."""
+    layout = LayoutConfig()
+    config = transformer_config(hf, layout, dtype)
+    config.use_cpu_initialization = True  # else Megatron asks for a GPU's memory by name
+    with torch.device("meta"):
+        return _stage(hf, layout, groups, config, cpu_block_spec(config, hf["num_hidden_layers"]))
+
+
+def _stage(
+    hf: dict[str, Any], layout: LayoutConfig, groups: ParallelGroups, config: TransformerConfig, spec: Any
+) -> HiddenStatesModel:
+    return HiddenStatesModel(
         config=config,
-        transformer_layer_spec=_block_spec(config, n_layers),
-        vocab_size=hf["vocab_size"],
+        transformer_layer_spec=spec,
+        vocab_size=padded_vocabulary(hf, layout.tensor_parallel),
         max_sequence_length=hf["max_position_embeddings"],
         pre_process=groups.is_first_stage,
         post_process=groups.is_last_stage,
@@ -107,8 +146,6 @@ def build_model(
         rotary_base=hf["rope_theta"],
         rotary_in_attention=not _transformer_engine(),
     )
-    _mark_shards(model)
-    return model.to(platform.device())
 
 
 def _mark_shards(model: torch.nn.Module) -> None:
@@ -132,5 +169,10 @@ def _transformer_engine() -> bool:
 def _block_spec(config: TransformerConfig, n_layers: int) -> Any:
     if not _transformer_engine():
         return cpu_block_spec(config, n_layers)
-    # Not yet run on a GPU: the same model from Transformer Engine's modules, fused norms, attention and rotary.
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    # Not yet run on a GPU: the same model from Transformer Engine's modules, fused norms, attention, rotary, experts.
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        config.num_moe_experts, config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
+    )
+    if config.num_moe_experts:
+        with_experts(spec.submodules)
+    return spec

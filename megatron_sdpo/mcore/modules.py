@@ -20,6 +20,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_sdpo.mcore.experts import with_experts
+
 
 class Padding:
     """Where packed tokens stand in right-padded blocks; computed once, shared by all layers.
@@ -182,8 +184,12 @@ class CausalAttention(MegatronModule):
 
 def cpu_block_spec(config: TransformerConfig, n_layers: int) -> TransformerBlockSubmodules:
     """The layers of one stage from the modules above and Megatron's own tensor-parallel linears."""
-    spec: ModuleSpec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    spec: ModuleSpec = get_gpt_layer_local_spec(
+        config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     layer: Any = spec.submodules
+    if config.num_moe_experts:
+        with_experts(layer)
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = CausalAttention

@@ -3,21 +3,27 @@
 Megatron fuses what a Hugging Face checkpoint keeps apart, and cuts it over tensor ranks:
 
 * ``linear_qkv``: for each key-value head its query heads, its key, its value; a rank holds whole key-value heads;
-* ``linear_fc1``: ``[gate; up]`` *of each rank*, so the gathered matrix is ``[gate0; up0; gate1; up1; ...]``.
+* ``linear_fc1``: ``[gate; up]`` *of each rank*, so the gathered matrix is ``[gate0; up0; gate1; up1; ...]``; of each
+  expert, where a layer has experts.
 
 The part of a Hugging Face tensor that a tensor rank holds is therefore always one slice along one axis
 (``HfTensor.slices``), and a rank can turn its local parameter into such slices alone (``split``).
+
+A vocabulary that the tensor ranks do not divide is padded with rows of zeros, in Megatron only: the ranks' shares are
+equal (``padded_vocabulary``), a Hugging Face tensor never has such rows (``join``), and the head makes no logits of
+them (``fused.Head``).
 
 Megatron numbers layers within a pipeline stage; names here say so: *parameter* is a Megatron name with the layer
 number of the whole model, *local* one with the number in its stage. Nothing here needs megatron or a device.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Part = Literal["whole", "q", "k", "v", "gate", "up"]
@@ -26,6 +32,9 @@ EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
 
+# Transformer Engine's grouped linears keep their experts' weights as weight0, weight1, ...
+_GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
+_EXPERT = re.compile(r"local_experts\.\d+\.")
 _NUMBER = re.compile(r"^decoder\.layers\.(\d+)\.")
 # Transformer Engine keeps a norm inside the linear that follows it.
 _FUSED_NORMS = {
@@ -71,16 +80,27 @@ class HfTensor:
         """The parameter's name inside its stage."""
         return local_name(self.parameter, self.stage(pp_size) * (self.n_layers // pp_size))
 
+    @property
+    def of_vocabulary(self) -> bool:
+        """Its rows are vocabulary entries, which are padded where tensor ranks do not divide them."""
+        return self.parameter in (EMBEDDING, HEAD)
+
+    def share(self, tp_size: int) -> int:
+        """Rows (or columns) that each tensor rank holds, padding included."""
+        assert self.tp_axis is not None
+        step, rest = divmod(self.shape[self.tp_axis], tp_size)
+        if rest and not self.of_vocabulary:
+            raise ValueError(
+                f"{self.name} of shape {self.shape} cannot be cut into {tp_size} along axis {self.tp_axis}"
+            )
+        return step + (rest > 0)
+
     def slices(self, tp_rank: int, tp_size: int) -> tuple[slice, ...]:
         """The slice of this tensor that a tensor rank holds; the ranks' slices are disjoint and cover it."""
         if self.tp_axis is None:
             return (slice(None),) * len(self.shape)
-        step, rest = divmod(self.shape[self.tp_axis], tp_size)
-        if rest:
-            raise ValueError(
-                f"{self.name} of shape {self.shape} cannot be cut into {tp_size} along axis {self.tp_axis}"
-            )
-        cut = slice(tp_rank * step, (tp_rank + 1) * step)
+        step, size = self.share(tp_size), self.shape[self.tp_axis]
+        cut = slice(min(tp_rank * step, size), min((tp_rank + 1) * step, size))
         return tuple(cut if axis == self.tp_axis else slice(None) for axis in range(len(self.shape)))
 
 
@@ -110,7 +130,9 @@ def parameters(hf_config: Mapping[str, Any]) -> dict[str, tuple[HfTensor, ...]]:
 
 
 def canonical(local: str) -> str:
-    """A parameter's name as used here, whichever layer spec built the model (Transformer Engine's fuses norms)."""
+    """A parameter's name as used here, whichever layer spec built the model (Transformer Engine's fuses norms and
+    groups experts)."""
+    local = _GROUPED.sub(r"mlp.experts.local_experts.\2.\1.weight", local)
     for fused, plain in _FUSED_NORMS.items():
         if local.endswith(fused):
             return local.removesuffix(fused) + plain
@@ -124,7 +146,7 @@ def local_name(parameter: str, layer_offset: int) -> str:
 
 def tp_axis(name: str) -> int | None:
     """The axis along which tensor ranks cut a Megatron parameter; None: replicated. Unknown names raise ValueError."""
-    inner = _NUMBER.sub("", canonical(name))
+    inner = _EXPERT.sub("local_experts.0.", _NUMBER.sub("", canonical(name)))
     if inner in (EMBEDDING, HEAD):
         return 0
     if inner == FINAL_NORM:
@@ -176,18 +198,20 @@ def read_shard(
     pieces = []
     for tensor in tensors:
         source = hf_tensors[tensor.name]
-        if tuple(source.shape) != tensor.shape:
-            raise ValueError(f"{tensor.name} has the shape {tuple(source.shape)}, its config says {tensor.shape}")
-        pieces.append(source[tensor.slices(tp_rank, tp_size)])
+        _check_shape(tensor, source)
+        piece = source[tensor.slices(tp_rank, tp_size)]
+        if tensor.of_vocabulary and (missing := tensor.share(tp_size) - len(piece)):
+            piece = F.pad(piece, (0, 0, 0, missing))
+        pieces.append(piece)
     return fuse(tensors, pieces, hf_config)
 
 
 def local_shape(tensors: tuple[HfTensor, ...], tp_size: int) -> tuple[int, ...]:
-    """Shape of one rank's shard of the parameter made of ``tensors``."""
-    shape = list(tensors[0].shape)
+    """Shape of one rank's shard of the parameter made of ``tensors``, padding included."""
+    axis, shape = tensors[0].tp_axis, list(tensors[0].shape)
     shape[0] = sum(tensor.shape[0] for tensor in tensors)
-    if tensors[0].tp_axis is not None:
-        shape[tensors[0].tp_axis] //= tp_size
+    if axis is not None:
+        shape[axis] = sum(tensor.share(tp_size) for tensor in tensors)
     return tuple(shape)
 
 
@@ -198,6 +222,17 @@ def check_names(names: Iterable[str], hf_config: Mapping[str, Any]) -> None:
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise ValueError(f"{kind} tensor {min(wrong)!r}{more} in a {hf_config['model_type']} checkpoint")
+
+
+def check_shapes(hf_tensors: Mapping[str, Sliceable], hf_config: Mapping[str, Any]) -> None:
+    """Raise ValueError that names a tensor of another shape than the config says."""
+    for tensor in hf_layout(hf_config).values():
+        _check_shape(tensor, hf_tensors[tensor.name])
+
+
+def _check_shape(tensor: HfTensor, found: Sliceable) -> None:
+    if tuple(found.shape) != tensor.shape:
+        raise ValueError(f"{tensor.name} has the shape {tuple(found.shape)}, its config says {tensor.shape}")
 
 
 def fuse(tensors: tuple[HfTensor, ...], pieces: list[Tensor], hf_config: Mapping[str, Any]) -> Tensor:
@@ -218,6 +253,14 @@ def split(tensors: tuple[HfTensor, ...], local: Tensor, hf_config: Mapping[str, 
     return [piece.contiguous() for piece in local.chunk(len(tensors))]
 
 
+def join(tensor: HfTensor, pieces: Sequence[Tensor]) -> Tensor:
+    """The tensor ranks' pieces of ``tensor``, from ``split`` -> the whole, without padding."""
+    if tensor.tp_axis is None:
+        return pieces[0]
+    whole = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), tensor.tp_axis)
+    return whole[: tensor.shape[0]] if tensor.of_vocabulary else whole
+
+
 def megatron_to_hf(
     name: str, full: Tensor, hf_config: Mapping[str, Any], tp_size: int = 1, layer_offset: int = 0
 ) -> list[tuple[str, Tensor]]:
@@ -236,13 +279,16 @@ def megatron_to_hf(
     if axis is None:
         return [(tensors[0].name, full)]
     shards = [split(tensors, shard, hf_config) for shard in full.chunk(tp_size, axis)]
-    whole = [
-        (tensor, torch.cat(pieces, axis)) for tensor, pieces in zip(tensors, zip(*shards, strict=True), strict=True)
-    ]
+    whole = [(tensor, join(tensor, pieces)) for tensor, pieces in zip(tensors, zip(*shards, strict=True), strict=True)]
     for tensor, value in whole:
         if tuple(value.shape) != tensor.shape:
             raise ValueError(f"{name} gives {tensor.name} the shape {tuple(value.shape)}, expected {tensor.shape}")
     return [(tensor.name, value) for tensor, value in whole]
+
+
+def padded_vocabulary(hf_config: Mapping[str, Any], tp_size: int) -> int:
+    """Entries that Megatron's embedding and head have over all tensor ranks: the next multiple of their number."""
+    return -(-hf_config["vocab_size"] // tp_size) * tp_size
 
 
 def head_dim(hf_config: Mapping[str, Any]) -> int:
@@ -258,7 +304,7 @@ _Row = tuple[str, tuple[int, ...], str, Part, int | None]
 
 def _layer(hf: Mapping[str, Any]) -> list[_Row]:
     """One layer: (HF name, shape, Megatron name, part, tensor-parallel axis), names without their layer prefix."""
-    width, ffn, d = hf["hidden_size"], hf["intermediate_size"], head_dim(hf)
+    width, d = hf["hidden_size"], head_dim(hf)
     rows = {"q": hf["num_attention_heads"] * d, "k": key_value_heads(hf) * d, "v": key_value_heads(hf) * d}
     family = hf["model_type"]
     qkv: tuple[Part, ...] = ("q", "k", "v")
@@ -268,18 +314,32 @@ def _layer(hf: Mapping[str, Any]) -> list[_Row]:
     if family in ("qwen2", "*"):
         for x in qkv:
             table.append((f"self_attn.{x}_proj.bias", (rows[x],), "self_attention.linear_qkv.bias", x, 0))
-    if family in ("qwen3", "*"):
+    if family in ("qwen3", "qwen3_moe", "*"):
         for x in "qk":
             table.append((f"self_attn.{x}_norm.weight", (d,), f"self_attention.{x}_layernorm.weight", "whole", None))
     table += [
         ("self_attn.o_proj.weight", (width, rows["q"]), "self_attention.linear_proj.weight", "whole", 1),
         ("post_attention_layernorm.weight", (width,), "pre_mlp_layernorm.weight", "whole", None),
-        ("mlp.gate_proj.weight", (ffn, width), "mlp.linear_fc1.weight", "gate", 0),
-        ("mlp.up_proj.weight", (ffn, width), "mlp.linear_fc1.weight", "up", 0),
-        ("mlp.down_proj.weight", (width, ffn), "mlp.linear_fc2.weight", "whole", 1),
     ]
+    if family in ("qwen3_moe", "*"):
+        table.append(("mlp.gate.weight", (hf["num_experts"], width), "mlp.router.weight", "whole", None))
+        for n in range(hf["num_experts"]):
+            inner = f"mlp.experts.local_experts.{n}."
+            table += _gated(f"mlp.experts.{n}.", inner, width, hf["moe_intermediate_size"])
+    if family != "qwen3_moe":
+        table += _gated("mlp.", "mlp.", width, hf["intermediate_size"])
     return table
 
 
+def _gated(prefix: str, inner: str, width: int, units: int) -> list[_Row]:
+    """A gated MLP, or one expert."""
+    return [
+        (f"{prefix}gate_proj.weight", (units, width), f"{inner}linear_fc1.weight", "gate", 0),
+        (f"{prefix}up_proj.weight", (units, width), f"{inner}linear_fc1.weight", "up", 0),
+        (f"{prefix}down_proj.weight", (width, units), f"{inner}linear_fc2.weight", "whole", 1),
+    ]
+
+
 # A config for the questions that do not depend on sizes: the union of all families.
-_EVERYTHING = {"model_type": "*", "hidden_size": 1, "intermediate_size": 1, "num_attention_heads": 1}
+_SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_experts")
+_EVERYTHING = {"model_type": "*", **dict.fromkeys(_SIZES, 1)}

@@ -37,7 +37,7 @@ def gather(
         local = shards.get(parameter.local, [own[parameter.local].detach()])
         pieces: list[list[Tensor]] = [names.split(parameter.tensors, shard, hf_config) for shard in local]
         for tensor, parts in zip(parameter.tensors, zip(*pieces, strict=True), strict=True):
-            whole = parts[0] if tensor.tp_axis is None else torch.cat(parts, tensor.tp_axis)
+            whole = names.join(tensor, parts)
             if tuple(whole.shape) != tensor.shape:
                 raise ValueError(
                     f"{parameter.local} gives {tensor.name} the shape {tuple(whole.shape)}, not {tensor.shape}"
