@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -47,6 +48,8 @@ _CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "next-token": ("qwen3-tied", ("objective.kind=next_token",)),
+    "bf16-sdpo": ("llama", ("model.dtype=bfloat16", "optim.mini_batches=2")),
+    "bf16-grpo": ("qwen3-tied", ("model.dtype=bfloat16", "objective.kind=grpo")),
 }
 CASES = {
     **{f"sdpo-{budget}": ("llama", (f"layout.tokens_per_micro_batch={budget}",)) for budget in BUDGETS},
@@ -72,10 +75,26 @@ def run_cases(folder: Path, groups: ParallelGroups, layout: LayoutConfig, out: P
             (out / case / "metrics.json").write_text(json.dumps(metrics))
 
 
+SWITCHES: dict[str, dict[str, Any]] = {
+    "do": {"distributed_optimizer": True},
+    "reduce": {"overlap_grad_reduce": True},
+    "overlap": {
+        "distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+        "overlap_bucket_elements": 3000,  # several buckets, one of the head alone
+    },
+}
+"""What may follow a layout's sizes."""
+
+
 def parse(name: str) -> LayoutConfig:
-    """``tp2pp1dp1``"""
-    tp, pp, dp = map(int, re.findall(r"\d+", name))
-    return LayoutConfig(tensor_parallel=tp, pipeline_parallel=pp, world_size=tp * pp * dp)
+    """``tp2pp1dp1``, and switches: ``tp2pp1dp2-do``"""
+    sizes, *switches = name.split("-")
+    size = {kind: int(count) for kind, count in re.findall(r"([a-z]+)(\d+)", sizes)}
+    tp, pp, dp = (size.pop(kind) for kind in ("tp", "pp", "dp"))
+    more = {key: value for switch in switches for key, value in SWITCHES[switch].items()}
+    return LayoutConfig(tensor_parallel=tp, pipeline_parallel=pp, world_size=tp * pp * dp, **more)
 
 
 def main() -> None:

@@ -88,8 +88,9 @@ def make_learner(config: Config, groups: ParallelGroups, teacher: Path | None = 
         load_hf(learner.model, teacher, groups, config.layout)
         with torch.no_grad():
             for held in filter(None, (learner.teacher, learner.reference)):
-                for weight, parameter in zip(held.tensors, learner.model.parameters(), strict=True):
-                    weight.copy_(parameter)
+                theirs = learner.weights.cut(dict(learner.model.named_parameters()))
+                for weight, part in zip(held.tensors, theirs, strict=True):
+                    weight.copy_(part)
         load_hf(learner.model, config.model.path, groups, config.layout)
     return learner
 

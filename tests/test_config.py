@@ -144,6 +144,7 @@ POSITIVE = (
     "layout.world_size",
     "layout.tokens_per_micro_batch",
     "layout.head_chunk_tokens",
+    "layout.overlap_bucket_elements",
     "engine.count",
     "rollout.prompts_per_step",
     "rollout.attempts_per_prompt",
@@ -178,6 +179,7 @@ def test_sizes_must_be_positive(key: str) -> None:
     [
         (["layout.tensor_parallel=2"], "layout.world_size 1 is not a multiple"),
         (["layout.pipeline_parallel=2", "layout.world_size=3"], "set it to 2 or a multiple"),
+        (["layout.overlap_param_gather=true"], "set layout.distributed_optimizer=true and layout.overlap_grad_reduce"),
         (["objective.alpha=1.1"], "objective.alpha is 1.1; it must lie between 0 and 1"),
         (["objective.alpha=-0.1"], "objective.alpha is -0.1"),
         (["teacher.update_rate=2"], "teacher.update_rate is 2"),

@@ -2,14 +2,14 @@
 
 from operator import attrgetter
 
-from megatron_sdpo.config.tree import Config, ConfigError, ObjectiveConfig, TeacherContextConfig
+from megatron_sdpo.config.tree import Config, ConfigError, LayoutConfig, ObjectiveConfig, TeacherContextConfig
 
 _AT_LEAST = {
     2: ("publish.probe_tokens",),
     1: (
         *("steps", "model.max_length", "optim.mini_batches", "objective.top_k", "publish.bucket_bytes"),
         *("layout.tensor_parallel", "layout.pipeline_parallel", "layout.world_size", "layout.tokens_per_micro_batch"),
-        "layout.head_chunk_tokens",
+        *("layout.head_chunk_tokens", "layout.overlap_bucket_elements"),
         *("engine.count", "engine.tensor_parallel", "engine.max_running_requests", "engine.max_total_tokens"),
         *("rollout.prompts_per_step", "rollout.attempts_per_prompt", "rollout.max_new_tokens"),
         *("rollout.verify_workers", "teacher_context.max_prompt_tokens"),
@@ -67,6 +67,7 @@ def check(config: Config) -> None:
             f"layout.world_size {layout.world_size} is not a multiple of tensor_parallel * pipeline_parallel"
             f" = {model_parallel}; set it to {model_parallel} or a multiple"
         )
+    _check_layout(layout)
     if engine.port + engine.count > 65535:
         raise ConfigError(f"engine.port is {engine.port}; it and the {engine.count} after it must be below 65536")
     if engine.max_total_tokens is not None and engine.max_total_tokens < config.model.max_length:
@@ -93,6 +94,15 @@ def check(config: Config) -> None:
     _check_objective(config.objective)
     _check_teacher_context(config.teacher_context)
     _check_guard(config)
+
+
+def _check_layout(layout: LayoutConfig) -> None:
+    """Refuse switches that need another."""
+    if layout.overlap_param_gather and not (layout.distributed_optimizer and layout.overlap_grad_reduce):
+        raise ConfigError(
+            "layout.overlap_param_gather gathers what a distributed optimizer divides, and needs the gradients to"
+            " overlap too; set layout.distributed_optimizer=true and layout.overlap_grad_reduce=true"
+        )
 
 
 def _check_objective(objective: ObjectiveConfig) -> None:

@@ -39,6 +39,14 @@ class LayoutConfig:
     pipeline_parallel: int = 1
     world_size: int = 1
     """Trainer ranks in all: a multiple of tensor_parallel * pipeline_parallel."""
+    distributed_optimizer: bool = False
+    """Data-parallel ranks divide master weights, moments and teacher among themselves; otherwise each has them all."""
+    overlap_grad_reduce: bool = False
+    """Gradients are summed over data-parallel ranks while the last backward pass still runs."""
+    overlap_param_gather: bool = False
+    """distributed_optimizer: new weights travel while the next forward pass runs already."""
+    overlap_bucket_elements: int = 40_000_000
+    """What overlaps travels in buckets of about so many numbers."""
     tokens_per_micro_batch: int = 8192
     """Packed tokens of a micro-batch; a sequence longer than this has a micro-batch of its own."""
     head_chunk_tokens: int = 1024

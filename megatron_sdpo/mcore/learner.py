@@ -43,12 +43,10 @@ class Learner:
         self.targets = Targets(config, self.hf_config["hidden_size"], self.device)
         self.model = build_model(self.hf_config, config.layout, groups, getattr(torch, config.model.dtype))
         load_hf(self.model, config.model.path, groups, config.layout)
-        self.ddp, self.optimizer = optim.wrap(self.model, config.optim)
-        self.teacher = TeacherWeights(optim.masters(self.model), config.teacher.kind, config.teacher.update_rate)
+        self.ddp, self.optimizer, self.weights = optim.wrap(self.model, config.optim, config.layout)
+        self.teacher = TeacherWeights(self.weights.masters(), config.teacher.kind, config.teacher.update_rate)
         # Read from the model's directory at every start, so no checkpoint needs it.
-        self.reference = (
-            TeacherWeights(optim.masters(self.model), "frozen") if config.objective.kl_coefficient else None
-        )
+        self.reference = TeacherWeights(self.weights.masters(), "frozen") if config.objective.kl_coefficient else None
         self.step = 0
         self.history = guard.History()
         """What the collapse guard has seen; the same on every rank, as batches and evaluations are."""
@@ -58,7 +56,7 @@ class Learner:
         """Back to the model's directory: what follows is, to the bit, what a new learner would do."""
         load_hf(self.model, self.config.model.path, self.groups, self.config.layout)
         optim.reset(self.optimizer, self.config.optim)
-        self.teacher.reset(optim.masters(self.model))
+        self.teacher.reset(self.weights.masters())
         self.step, self.history, self._damping = 0, guard.History(), 1.0
 
     def score_student(self, batch: Batch) -> StudentScores:
@@ -79,7 +77,7 @@ class Learner:
         old, ids = self._score(micro_batches, of_logits)
         if self.reference is None:
             return StudentScores(old, ids)
-        with self.reference.swapped_in(list(self.model.parameters())):
+        with self.reference.swapped_in(self.weights):
             return StudentScores(old, ids, self._score(micro_batches, self._of_sampled)[0])
 
     def score_teacher(self, batch: Batch, student: StudentScores) -> TeacherScores:
@@ -97,7 +95,7 @@ class Learner:
             return TeacherScores({}, self._entropies(micro_batches, states), states)
         if self.config.teacher.kind == "trust_region":
             return self._support_scores(micro_batches, student, self._teacher_states(micro_batches))
-        with self.teacher.swapped_in(list(self.model.parameters())):
+        with self.teacher.swapped_in(self.weights):
             return self._support_scores(micro_batches, student, None)
 
     def _support_scores(
@@ -120,7 +118,7 @@ class Learner:
 
     def _teacher_states(self, micro_batches: Sequence[MicroBatch]) -> TeacherStates:
         """What the teacher's weights make of the micro-batches, before the head, and the head."""
-        with self.teacher.swapped_in(list(self.model.parameters())):
+        with self.teacher.swapped_in(self.weights):
             rows = score(self.model, micro_batches, lambda _, hidden_NH: hidden_NH)
             # A copy: what the parameter holds here may move with the next optimizer step.
             head_VH = self.model.head().detach().clone() if self.groups.is_last_stage else None
@@ -151,6 +149,7 @@ class Learner:
         rate = self._damping * optim.learning_rate(self.config.optim, self.step, self.config.steps)
         optim.set_rates(self.optimizer, rate, self.config.optim.weight_decay)
         found = [self._optimizer_step(batch, chosen, student, teacher) for chosen in self._mini_batches(batch)]
+        self.weights.gather()  # whoever reads the weights from here on finds the new ones
         self.step += 1
         columns = {key: [metrics[key] for metrics in found] for key in found[0]}
         totals = {key: max(c) if key.endswith("/max") else sum(c) / len(c) for key, c in columns.items()}
@@ -159,7 +158,7 @@ class Learner:
     def update_teacher(self) -> None:
         """Once per generation batch; the teacher may have followed each optimizer step instead."""
         if self.config.teacher.update_every == "generation_batch":
-            self.teacher.update(optim.masters(self.model), self._damping)
+            self.teacher.update(self.weights.masters(), self._damping)
 
     def evaluated(self, accuracy: float) -> None:
         """The held-out accuracy of the current version, for the collapse guard."""
@@ -215,7 +214,7 @@ class Learner:
         finite.check_step(batch, chosen, micro_batches, losses, grad_norm, self.groups)
         self.optimizer.step()
         if self.config.teacher.update_every == "optimizer_step":
-            self.teacher.update(optim.masters(self.model), self._damping)
+            self.teacher.update(self.weights.masters(), self._damping)
         return {**self._reduce(reports), "optim/grad_norm": grad_norm}
 
     def _head(self, weight_VH: Tensor | None = None) -> Head:
