@@ -27,19 +27,19 @@ from tests.dist_learner import parse
 from tests.learner_setup import learn, make_batch, make_config, make_learner
 
 RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "tp2": ("tp2pp1dp1", "llama", ()),
-    "pp2": ("tp1pp2dp1", "qwen3-tied", ("optim.mini_batches=2", "guard.signal=accuracy")),
-    "dp2": ("tp1pp1dp2", "llama", ("optim.mini_batches=2",)),
-    "tp2-bf16": ("tp2pp1dp1", "llama", ("model.dtype=bfloat16",)),
-    "divided": ("tp1pp1dp2-overlap", "qwen3-tied", ("optim.mini_batches=2", "guard.signal=accuracy")),
-    "divided-bf16": ("tp1pp1dp2-do", "llama", ("model.dtype=bfloat16",)),
+    "tp2": ("tp2-sp", "llama", ()),
+    "pp2": ("pp2vp2", "qwen3-tied", ("optim.mini_batches=2", "guard.signal=accuracy")),
+    "dp2": ("dp2", "llama", ("optim.mini_batches=2",)),
+    "tp2-bf16": ("tp2", "llama", ("model.dtype=bfloat16",)),
+    "divided": ("dp2-overlap", "qwen3-tied", ("optim.mini_batches=2", "guard.signal=accuracy")),
+    "divided-bf16": ("cp2-do", "llama", ("model.dtype=bfloat16",)),
 }
 """Name -> (layout, model, overrides)."""
 ACCURACIES = (0.9, 0.5)
 """Held-out, after each batch before the save: a run that resumes without them would not be damped."""
 CHANGES = (
-    *(("tp2", "tp1pp2dp1"), ("pp2", "tp2pp1dp1"), ("tp2", "tp1pp1dp2")),
-    *(("divided", "tp2pp1dp1-do"), ("divided", "tp1pp2dp1"), ("pp2", "tp1pp1dp2-overlap")),
+    *(("tp2", "pp2"), ("tp2", "cp2"), ("pp2", "tp2-sp-do"), ("pp2", "dp2-overlap")),
+    *(("divided", "tp2"), ("divided", "pp2vp2-do")),
 )
 """(run, layout under which it continues)."""
 

@@ -14,7 +14,8 @@ from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.types import Batch, Sample
 from tests.tiny_model import write_tiny_checkpoint
 
-MODELS = ("llama", "qwen3-tied")
+MODELS = {"llama": 2, "qwen3-tied": 4}
+"""Name -> layers."""
 VOCABULARY, HIDDEN = 104, 48
 # (prompt, response, teacher prompt or None) tokens; neighbours in this list answer the same question
 _LENGTHS = (
@@ -26,11 +27,11 @@ _LENGTHS = (
 
 def write_models(folder: Path) -> None:
     """``folder/NAME`` for each of ``MODELS``, and beside it ``NAME-teacher`` with other weights, not far away."""
-    for name in MODELS:
+    for name, layers in MODELS.items():
         family, tied = name.split("-")[0], name.endswith("tied")
         for path, seed in ((folder / name, 1), (folder / f"{name}-teacher", 2)):
             write_tiny_checkpoint(
-                path, seed, family, VOCABULARY, HIDDEN, layers=2, kv_heads=2, head_dim=12, intermediate_size=80, std=0.2
+                path, seed, family, VOCABULARY, HIDDEN, layers, kv_heads=2, head_dim=12, intermediate_size=80, std=0.2
             )
             if tied:
                 _tie(path)

@@ -27,7 +27,7 @@ from megatron_sdpo.mcore.hf import save_hf
 from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.mcore.scores import TeacherScores
 from megatron_sdpo.types import Batch, Evaluation
-from tests.dist_learner import BATCHES, CASES, parse, run_cases
+from tests.dist_learner import BATCHES, CASES, cases_of, parse, run_cases
 from tests.launch import run_ranks
 from tests.learner_setup import HIDDEN, MODELS, VOCABULARY, learn, make_batch, make_config, make_learner, write_models
 from tests.reference.step_naive import first_step, load
@@ -41,9 +41,14 @@ TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 1e-5
 """Of weights after Adam: their distance, relative to how far training moved them (rounding alone makes 4e-6)."""
 BF16_TOLERANCE = 6e-2
-"""Of losses and gradient norms in bf16, whose numbers are 4e-3 apart: sums in another order round elsewhere."""
+"""Of losses and gradient norms in bf16, whose numbers are 4e-3 apart: sums in another order round elsewhere (4.6e-2
+found)."""
 BF16_WEIGHT_TOLERANCE = 0.25
 """Of weights as above: most move by less than a few steps of bf16, so one step more or less is seen (0.15 found)."""
+
+
+PADDED = ("tp2-sp", "pp2vp2", "cp2", "dp2-overlap")
+"""Layouts that fill rows, or give a rank micro-batches without a sample, in the batches here."""
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +95,7 @@ def _check_case(folder: Path, single: Path, layout: str, case: str) -> None:
     exact = not case.startswith("bf16")
     for ours, theirs in zip(metrics, expected, strict=True):
         if exact:
+            theirs = {**theirs, "optim/padding_tokens": ours["optim/padding_tokens"]}  # the only one that may differ
             assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=1e-9), f"{layout} {case}"
         for key in ("loss/total", "optim/grad_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=BF16_TOLERANCE), f"{layout} {case}"
@@ -103,18 +109,24 @@ def _check_case(folder: Path, single: Path, layout: str, case: str) -> None:
 @pytest.mark.parametrize(
     "layouts",
     [
-        pytest.param(("tp2pp1dp1", "tp1pp2dp1", "tp1pp1dp2", "tp1pp1dp2-overlap"), id="2"),
-        pytest.param(("tp1pp1dp2-do", "tp1pp1dp2-reduce"), id="2-more", marks=pytest.mark.slow),
-        pytest.param(("tp2pp2dp1",), id="4"),
-        pytest.param(("tp2pp1dp2-do", "tp1pp2dp2", "tp1pp2dp2-overlap"), id="4-data", marks=pytest.mark.slow),
+        pytest.param(("tp2-sp", "pp2", "pp2vp2", "cp2", "dp2-overlap"), id="2"),
+        pytest.param(("tp2", "dp2", "dp2-do", "dp2-reduce"), id="2-more", marks=pytest.mark.slow),
+        pytest.param(("tp2pp2",), id="4"),
+        pytest.param(
+            ("tp2dp2-sp-do", "pp2dp2", "pp2vp2dp2-overlap", "tp2cp2-sp-do", "pp2cp2"),
+            id="4-more",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_layout_trains_like_one_process(folder: Path, single: Path, layouts: tuple[str, ...]) -> None:
     ranks = parse(layouts[0]).world_size
     run_ranks("dist_learner.py", ranks, [str(folder), *layouts], timeout=200)
     for layout in layouts:
-        for case in CASES:
+        for case in cases_of(parse(layout)):
             _check_case(folder, single, layout, case)
+        pads = [metrics["optim/padding_tokens"] for metrics in _metrics(folder / layout / "next-token")]
+        assert (min(pads) > 0) == (layout in PADDED), f"{layout} pads {pads}"
 
 
 def test_the_split_into_micro_batches_changes_nothing(folder: Path, single: Path) -> None:

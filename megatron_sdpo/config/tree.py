@@ -36,9 +36,15 @@ class LayoutConfig:
     """How the model is cut over trainer ranks; data parallel is what remains of the world size."""
 
     tensor_parallel: int = 1
+    sequence_parallel: bool = False
+    """Tensor ranks also divide the tokens between their matrix products."""
     pipeline_parallel: int = 1
+    virtual_pipeline: int = 1
+    """Pieces of the model, not next to each other, that each pipeline rank holds: less waiting, more messages."""
+    context_parallel: int = 1
+    """Ranks that divide the tokens of every sequence."""
     world_size: int = 1
-    """Trainer ranks in all: a multiple of tensor_parallel * pipeline_parallel."""
+    """Trainer ranks in all: a multiple of tensor_parallel * pipeline_parallel * context_parallel."""
     distributed_optimizer: bool = False
     """Data-parallel ranks divide master weights, moments and teacher among themselves; otherwise each has them all."""
     overlap_grad_reduce: bool = False

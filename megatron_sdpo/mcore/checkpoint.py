@@ -28,7 +28,7 @@ from megatron_sdpo.config import ConfigError
 from megatron_sdpo.guard import History
 from megatron_sdpo.mcore import optimizer as optim
 from megatron_sdpo.mcore.learner import Learner
-from megatron_sdpo.mcore.model import HiddenStatesModel
+from megatron_sdpo.mcore.model import Model
 from megatron_sdpo.rollout import lifeline
 
 _NAME = re.compile(r"step-(\d{8})$")
@@ -123,7 +123,7 @@ def find(folder: Path, step: int | None) -> Path:
     return folder / f"step-{found[-1] if step is None else step:08d}"
 
 
-def load_model(model: HiddenStatesModel, path: Path) -> None:
+def load_model(model: Model, path: Path) -> None:
     """Only the weights of the student, from a checkpoint written under any layout."""
     template = {"model": model.sharded_state_dict(prefix="", metadata=_metadata())}
     state: Any = dist_checkpointing.load(template, str(path))
@@ -131,7 +131,7 @@ def load_model(model: HiddenStatesModel, path: Path) -> None:
         model.load_state_dict(state["model"])
 
 
-def save_model(model: HiddenStatesModel, path: Path) -> None:
+def save_model(model: Model, path: Path) -> None:
     """Only the weights, into a new directory that appears complete or not at all."""
     temporary = path.with_name(path.name + _TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed writer

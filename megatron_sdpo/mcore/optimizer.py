@@ -10,28 +10,18 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
 from megatron_sdpo.config import LayoutConfig, OptimConfig
-from megatron_sdpo.mcore.model import HiddenStatesModel
+from megatron_sdpo.mcore.model import HiddenStatesModel, Model, chunks_of
 from megatron_sdpo.mcore.weights import DividedWeights, Weights, WholeWeights
 
 
-def wrap(
-    model: HiddenStatesModel, config: OptimConfig, layout: LayoutConfig
-) -> tuple[DistributedDataParallel, Any, Weights]:
-    """The loaded model -> (DDP module, optimizer, weights). Gradients are fp32 sums over data ranks, never means."""
+def wrap(model: Model, config: OptimConfig, layout: LayoutConfig) -> tuple[list[DistributedDataParallel], Any, Weights]:
+    """The loaded model -> (DDP around each of its stages, optimizer, weights).
+
+    Gradients are fp32 sums over all ranks with the same weights, never means.
+    """
     model.config.calculate_per_token_loss = True  # DDP then sums, and forward_backward leaves the sum as it is
-    ddp = DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            # Megatron's own check for NaN raises on the rank that has it and leaves the others waiting; see finite.py.
-            check_for_nan_in_grad=False,
-            use_distributed_optimizer=layout.distributed_optimizer,
-            overlap_grad_reduce=layout.overlap_grad_reduce,
-            overlap_param_gather=layout.overlap_param_gather,
-            bucket_size=layout.overlap_bucket_elements,  # without overlap Megatron makes a single one
-        ),
-        model,
-    )
+    wrapped = [_wrapped(chunk, layout, first=i == 0) for i, chunk in enumerate(chunks_of(model))]
+    modules: Any = wrapped
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -46,26 +36,45 @@ def wrap(
             use_distributed_optimizer=layout.distributed_optimizer,
             overlap_param_gather=layout.overlap_param_gather,
         ),
-        [ddp],
+        modules,
     )
     set_rates(optimizer, config.lr, config.weight_decay)
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.grad_scale_func = optimizer.scale_loss
     if layout.overlap_grad_reduce:
-        model.config.no_sync_func = ddp.no_sync
-    weights = DividedWeights(model, [ddp], parts(optimizer)) if layout.distributed_optimizer else WholeWeights(model)
+        no_sync: Any = [ddp.no_sync for ddp in wrapped]
+        model.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    weights = DividedWeights(model, wrapped, parts(optimizer)) if layout.distributed_optimizer else WholeWeights(model)
     if layout.overlap_param_gather:
-        _gather_head(model, ddp)
+        for chunk, ddp in zip(chunks_of(model), wrapped, strict=True):
+            _gather_head(chunk, ddp)
         weights.gather()  # what is there already: whoever reads before the first step need not wait for anything
-    return ddp, optimizer, weights
+    return wrapped, optimizer, weights
 
 
-def _gather_head(model: HiddenStatesModel, ddp: DistributedDataParallel) -> None:
+def _wrapped(chunk: HiddenStatesModel, layout: LayoutConfig, first: bool) -> DistributedDataParallel:
+    return DistributedDataParallel(
+        chunk.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            # Megatron's own check for NaN raises on the rank that has it and leaves the others waiting; see finite.py.
+            check_for_nan_in_grad=False,
+            use_distributed_optimizer=layout.distributed_optimizer,
+            overlap_grad_reduce=layout.overlap_grad_reduce,
+            overlap_param_gather=layout.overlap_param_gather,
+            bucket_size=layout.overlap_bucket_elements,  # without overlap Megatron makes a single one
+        ),
+        chunk,
+        disable_bucketing=not first,  # of an interleaved pipeline: later stages are their own buckets
+    )
+
+
+def _gather_head(chunk: HiddenStatesModel, ddp: DistributedDataParallel) -> None:
     """Wait for the head's new weights with the final norm: it is used outside the module that Megatron watches."""
-    if not model.post_process:
+    if not chunk.post_process:
         return
-    group = ddp.param_to_bucket_group[model.head()]
-    norm: Any = model.decoder.final_layernorm
+    group = ddp.param_to_bucket_group[chunk.head()]
+    norm: Any = chunk.decoder.final_layernorm
     norm.register_forward_pre_hook(lambda *_: group.finish_param_sync())
 
 
