@@ -104,6 +104,11 @@ def learn(learner: Learner, batch: Batch) -> dict[str, float]:
     return metrics
 
 
+def comparable(metrics: dict[str, float]) -> dict[str, float]:
+    """What every layout must say alike: all but how many tokens fill its rows and micro-batches."""
+    return {key: value for key, value in metrics.items() if key != "optim/padding_tokens"}
+
+
 def _tie(path: Path) -> None:
     settings = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))

@@ -58,8 +58,10 @@ def refusal(folder: Path, *arguments: str) -> str:
             "layout.tensor_parallel 3 does not divide the model's 4 attention heads; set a divisor of 4",
         ),
         (["--layout=pp3"], "layout.pipeline_parallel 3 does not divide the model's 4 layers; set a divisor of 4"),
-        (["layout.world_size=3"], "layout.world_size 3 is not a multiple of tensor_parallel * pipeline_parallel = 2"),
-        (["layout.world_size=3"], " * pipeline_parallel * context_parallel = 2; set it to 2 or a multiple"),
+        (
+            ["layout.world_size=3"],
+            "3 is not a multiple of tensor_parallel * pipeline_parallel * context_parallel = 2; set",
+        ),
         (["--layout=fast"], "--layout 'fast' is not a layout; write tp2"),
         (["--layout=cp2tp2"], "--layout 'cp2tp2' is not a layout; write tp2"),
         (

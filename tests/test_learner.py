@@ -29,7 +29,17 @@ from megatron_sdpo.mcore.scores import TeacherScores
 from megatron_sdpo.types import Batch, Evaluation
 from tests.dist_learner import BATCHES, CASES, cases_of, parse, run_cases
 from tests.launch import run_ranks
-from tests.learner_setup import HIDDEN, MODELS, VOCABULARY, learn, make_batch, make_config, make_learner, write_models
+from tests.learner_setup import (
+    HIDDEN,
+    MODELS,
+    VOCABULARY,
+    comparable,
+    learn,
+    make_batch,
+    make_config,
+    make_learner,
+    write_models,
+)
 from tests.reference.step_naive import first_step, load
 from tests.tiny_model import reference_log_probs
 
@@ -95,8 +105,8 @@ def _check_case(folder: Path, single: Path, layout: str, case: str) -> None:
     exact = not case.startswith("bf16")
     for ours, theirs in zip(metrics, expected, strict=True):
         if exact:
-            theirs = {**theirs, "optim/padding_tokens": ours["optim/padding_tokens"]}  # the only one that may differ
-            assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=1e-9), f"{layout} {case}"
+            agreed = comparable(ours) == pytest.approx(comparable(theirs), rel=TOLERANCE, abs=1e-9)
+            assert agreed, f"{layout} {case}: {ours} is not {theirs}"
         for key in ("loss/total", "optim/grad_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=BF16_TOLERANCE), f"{layout} {case}"
     found, wanted, before = (
@@ -109,8 +119,8 @@ def _check_case(folder: Path, single: Path, layout: str, case: str) -> None:
 @pytest.mark.parametrize(
     "layouts",
     [
-        pytest.param(("tp2-sp", "pp2", "pp2vp2", "cp2", "dp2-overlap"), id="2"),
-        pytest.param(("tp2", "dp2", "dp2-do", "dp2-reduce"), id="2-more", marks=pytest.mark.slow),
+        pytest.param(("tp2-sp", "pp2vp2", "cp2", "dp2-overlap"), id="2"),
+        pytest.param(("tp2", "pp2", "dp2", "dp2-do", "dp2-reduce"), id="2-more", marks=pytest.mark.slow),
         pytest.param(("tp2pp2",), id="4"),
         pytest.param(
             ("tp2dp2-sp-do", "pp2dp2", "pp2vp2dp2-overlap", "tp2cp2-sp-do", "pp2cp2"),
@@ -121,7 +131,7 @@ def _check_case(folder: Path, single: Path, layout: str, case: str) -> None:
 )
 def test_every_layout_trains_like_one_process(folder: Path, single: Path, layouts: tuple[str, ...]) -> None:
     ranks = parse(layouts[0]).world_size
-    run_ranks("dist_learner.py", ranks, [str(folder), *layouts], timeout=200)
+    run_ranks("dist_learner.py", ranks, [str(folder), *layouts], timeout=400)
     for layout in layouts:
         for case in cases_of(parse(layout)):
             _check_case(folder, single, layout, case)
