@@ -116,6 +116,7 @@ def _check_case(folder: Path, single: Path, layout: str, case: str) -> None:
     _check_weights(found, wanted, before, WEIGHT_TOLERANCE if exact else BF16_WEIGHT_TOLERANCE)
 
 
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize(
     "layouts",
     [
