@@ -25,7 +25,14 @@ from megatron_sdpo.rollout.control import EngineError
 from megatron_sdpo.tracking import read_metrics
 from recipes import recipe, recipes
 
-_LAYOUT = re.compile(r"(?:tp(\d+))?(?:pp(\d+))?(?:dp(\d+))?")
+_LAYOUT = re.compile(
+    r"(?:tp(?P<tp>\d+)(?P<sp>sp)?)?(?:pp(?P<pp>\d+)(?:vp(?P<vp>\d+))?)?(?:cp(?P<cp>\d+))?(?:dp(?P<dp>\d+)(?P<do>do)?)?"
+)
+_LAYOUT_KEYS = {"tp": "tensor", "pp": "pipeline", "cp": "context"}
+_LAYOUT_HELP = (
+    "trainer ranks by kind, in this order: tp2 (tp2sp: with sequence parallelism), pp2 (pp2vp2: interleaved), cp2, dp2"
+    " (dp2do: with the distributed optimizer), e.g. tp2pp2, tp1 (short for layout.* keys)"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -169,18 +176,30 @@ def _discovery_config(arguments: argparse.Namespace) -> Config:
 def _layout_overrides(name: str) -> list[str]:
     match = _LAYOUT.fullmatch(name)
     if not name or match is None:
-        raise ConfigError(f"--layout {name!r} is not a layout; write tp2, pp2, tp2pp2, tp1 or the like")
-    tp, pp, dp = (int(size) if size else 1 for size in match.groups())
+        raise ConfigError(
+            f"--layout {name!r} is not a layout; write tp2, pp2, tp2pp2, tp1 or the like: tp2sp, pp2vp2, cp2, dp2do in"
+            " this order"
+        )
+    found = match.groupdict()
+    sizes = {kind: int(found[kind] or 1) for kind in ("tp", "pp", "cp", "dp", "vp")}
     return [
-        f"layout.tensor_parallel={tp}",
-        f"layout.pipeline_parallel={pp}",
-        f"layout.world_size={tp * pp * dp}",
+        *(f"layout.{key}_parallel={sizes[kind]}" for kind, key in _LAYOUT_KEYS.items()),
+        f"layout.virtual_pipeline={sizes['vp']}",
+        f"layout.sequence_parallel={json.dumps(found['sp'] is not None)}",
+        *(["layout.distributed_optimizer=true"] if found["do"] else []),
+        f"layout.world_size={sizes['tp'] * sizes['pp'] * sizes['cp'] * sizes['dp']}",
     ]
 
 
 def _layout_words(config: Config) -> str:
     layout = config.layout
-    return f"tp{layout.tensor_parallel} x pp{layout.pipeline_parallel} on {layout.world_size} rank(s)"
+    words = [f"tp{layout.tensor_parallel}{'sp' * layout.sequence_parallel}"]
+    words.append(
+        f"pp{layout.pipeline_parallel}" + (f"vp{layout.virtual_pipeline}" if layout.virtual_pipeline > 1 else "")
+    )
+    if layout.context_parallel > 1:
+        words.append(f"cp{layout.context_parallel}")
+    return f"{' x '.join(words)} on {layout.world_size} rank(s)"
 
 
 def _with_model(config: Config, model: str | None) -> Config:
@@ -265,7 +284,7 @@ def _recipe_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change one configuration value, e.g. optim.lr=1e-3"
     )
-    command.add_argument("--layout", help="trainer ranks by kind, e.g. tp2, pp2, tp2pp2, tp1 (short for layout.* keys)")
+    command.add_argument("--layout", help=_LAYOUT_HELP)
     command.add_argument("--run-dir", help="where everything is written (short for run_dir=)")
 
 

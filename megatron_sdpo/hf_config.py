@@ -166,7 +166,7 @@ def read_model_config(config: Config) -> dict[str, Any]:
 
 def check_model(config: Config, model: dict[str, Any]) -> None:
     """Refuse a layout that does not divide the model's heads, MLP or layers, and sizes beyond the model's."""
-    tp, pp = config.layout.tensor_parallel, config.layout.pipeline_parallel
+    tp = config.layout.tensor_parallel
     sizes = {
         "attention heads": model["num_attention_heads"],
         "key-value heads": model.get("num_key_value_heads", model["num_attention_heads"]),
@@ -177,9 +177,11 @@ def check_model(config: Config, model: dict[str, Any]) -> None:
             raise ConfigError(
                 f"layout.tensor_parallel {tp} does not divide the model's {size} {what}; set a divisor of {size}"
             )
-    if model["num_hidden_layers"] % pp:
+    pp, vp = config.layout.pipeline_parallel, config.layout.virtual_pipeline
+    if model["num_hidden_layers"] % (pp * vp):
+        pieces = f"layout.pipeline_parallel {pp}" + (f" times layout.virtual_pipeline {vp}" if vp > 1 else "")
         raise ConfigError(
-            f"layout.pipeline_parallel {pp} does not divide the model's {model['num_hidden_layers']} layers;"
+            f"{pieces} does not divide the model's {model['num_hidden_layers']} layers;"
             f" set a divisor of {model['num_hidden_layers']}"
         )
     objective = config.objective

@@ -7,8 +7,8 @@ resolution of bf16: a bf16 average stays where it is and silently becomes a froz
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def ema_update(teacher: Sequence[Tensor], student: Sequence[Tensor], update_rate
     """
     if not 0.0 <= update_rate <= 1.0:
         raise ValueError(f"update_rate is {update_rate}; it must lie between 0 and 1")
-    _check_shapes(teacher, student)
+    check_shapes(teacher, student)
     for index, average in enumerate(teacher):
         if average.dtype != torch.float32:
             raise ValueError(f"teacher tensor {index} is {average.dtype}; an average must be kept in float32 to move")
@@ -44,12 +44,44 @@ def mixed_logits(initial_NV: Tensor, student_NV: Tensor, mixture: float) -> Tens
     return mixed_NV.masked_fill_(initial_NV == -torch.inf, -torch.inf)
 
 
+class Places(Protocol):
+    """Where a model's weights lie, whole or divided over ranks."""
+
+    def holding(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Within the block the model computes with ``weights``, afterwards with its own again, to the bit."""
+        ...
+
+
+class Parameters:
+    """``Places`` of parameters that this rank holds whole: their storage is exchanged.
+
+    Weights are cast to each parameter's dtype; fp32 parameters share the storage of ``weights``, so nobody may write
+    to them meanwhile. The parameters' own storage is set aside, not copied, and comes back at its old address.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+
+    @contextmanager
+    def holding(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """``ValueError`` when ``weights`` are not those of the same model."""
+        check_shapes(weights, self._parameters)
+        own = [parameter.data for parameter in self._parameters]
+        try:
+            for parameter, weight in zip(self._parameters, weights, strict=True):
+                parameter.data = weight.to(parameter.device, parameter.dtype)
+            yield
+        finally:
+            for parameter, data in zip(self._parameters, own, strict=True):
+                parameter.data = data
+
+
 class TeacherWeights:
     """The weights that teach, and their way into a model and out of it.
 
     Example:
         teacher = TeacherWeights(masters, "ema", update_rate=0.05)
-        with torch.no_grad(), teacher.swapped_in(list(model.parameters())):
+        with torch.no_grad(), teacher.swapped_in(places):  # or list(model.parameters())
             teacher_logits = model(teacher_ids)
         teacher.update(masters)  # once per generation batch, after its optimizer steps
     """
@@ -82,32 +114,26 @@ class TeacherWeights:
             ema_update(self.tensors, masters, self.update_rate * damping)
 
     @contextmanager
-    def swapped_in(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Within the block ``parameters`` hold the teacher's weights; afterwards their own storage again.
+    def swapped_in(self, places: Places | Sequence[Tensor]) -> Iterator[None]:
+        """Within the block the model at ``places`` (or these whole parameters) has the teacher's weights.
 
-        The student's storage is set aside, not copied, so it comes back bit-identical and at its old
-        address, also when the block raises. Weights are cast to each parameter's dtype; fp32 parameters
-        share the teacher's storage, so the block must not write to them. ``RuntimeError`` for a swap
-        inside a swap, ``ValueError`` when ``parameters`` do not match the teacher.
+        Afterwards the student's are back bit-identical, also when the block raises. ``RuntimeError`` for a swap
+        inside a swap, ``ValueError`` when the places do not match the teacher.
         """
         if self._in_model:
             raise RuntimeError("the teacher's weights are already in the model; swaps cannot be nested")
-        if self.kind != "live":
-            _check_shapes(self.tensors, parameters)
-        students = [parameter.data for parameter in parameters]
+        if isinstance(places, Sequence):
+            places = Parameters(places)
         self._in_model = True
         try:
-            if self.kind != "live":
-                for parameter, weight in zip(parameters, self.tensors, strict=True):
-                    parameter.data = weight.to(parameter.device, parameter.dtype)
-            yield
+            with nullcontext() if self.kind == "live" else places.holding(self.tensors):
+                yield
         finally:
-            for parameter, student in zip(parameters, students, strict=True):
-                parameter.data = student
             self._in_model = False
 
 
-def _check_shapes(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> None:
+def check_shapes(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> None:
+    """``ValueError`` unless both are weights of the same model."""
     if len(teacher) != len(student):
         raise ValueError(f"the teacher has {len(teacher)} tensors and the student {len(student)}")
     for index, (a, b) in enumerate(zip(teacher, student, strict=True)):

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 
 from megatron_sdpo.config import LayoutConfig
 from megatron_sdpo.mcore import checkpoint
+from megatron_sdpo.mcore import optimizer as optim
 from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
 from megatron_sdpo.mcore.hf import save_hf
 from megatron_sdpo.mcore.learner import Learner
@@ -26,15 +27,20 @@ from tests.dist_learner import parse
 from tests.learner_setup import learn, make_batch, make_config, make_learner
 
 RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "tp2": ("tp2pp1dp1", "llama", ()),
-    "pp2": ("tp1pp2dp1", "qwen3-tied", ("optim.mini_batches=2", "guard.signal=accuracy")),
-    "dp2": ("tp1pp1dp2", "llama", ("optim.mini_batches=2",)),
-    "tp2-bf16": ("tp2pp1dp1", "llama", ("model.dtype=bfloat16",)),
+    "tp2": ("tp2-sp", "llama", ()),
+    "pp2": ("pp2vp2", "qwen3-tied", ("optim.mini_batches=2", "guard.signal=accuracy")),
+    "dp2": ("dp2", "llama", ("optim.mini_batches=2",)),
+    "tp2-bf16": ("tp2", "llama", ("model.dtype=bfloat16",)),
+    "divided": ("dp2-overlap", "qwen3-tied", ("optim.mini_batches=2", "guard.signal=accuracy")),
+    "divided-bf16": ("cp2-do", "llama", ("model.dtype=bfloat16",)),
 }
 """Name -> (layout, model, overrides)."""
 ACCURACIES = (0.9, 0.5)
 """Held-out, after each batch before the save: a run that resumes without them would not be damped."""
-CHANGES = (("tp2", "tp1pp2dp1"), ("pp2", "tp2pp1dp1"), ("tp2", "tp1pp1dp2"))
+CHANGES = (
+    *(("tp2", "pp2"), ("tp2", "cp2"), ("pp2", "tp2-sp-do"), ("pp2", "dp2-overlap")),
+    *(("divided", "tp2"), ("divided", "pp2vp2-do")),
+)
 """(run, layout under which it continues)."""
 
 
@@ -42,7 +48,7 @@ def state_of(learner: Learner) -> dict[str, Any]:
     """Everything that training depends on."""
     return {
         "weights": dict(learner.model.state_dict()),
-        "optimizer": learner.optimizer.state_dict(),
+        "optimizer": [part.optimizer.state_dict() for part in optim.parts(learner.optimizer)],
         "teacher": learner.teacher.tensors,
         "rng": torch.get_rng_state(),
         "step": learner.step,

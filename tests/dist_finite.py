@@ -1,6 +1,7 @@
 """Worker of test_finite.py: learners that meet numbers which are not finite, on some layouts under torchrun.
 
-Arguments: folder layout... (tp2pp1dp1). Reads the models in folder; writes folder/LAYOUT.json, case -> sentence.
+Arguments: folder layout... (see dist_learner.parse). Reads the models in folder; writes folder/LAYOUT.json,
+case -> sentence.
 """
 
 import dataclasses

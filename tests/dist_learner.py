@@ -1,6 +1,6 @@
 """Worker of test_learner.py: some layouts one after another under torchrun, the same training on each.
 
-Arguments: folder layout... (tp2pp1dp1). Reads the models in folder; writes, as folder/LAYOUT/CASE,
+Arguments: folder layout... (see ``parse``). Reads the models in folder; writes, as folder/LAYOUT/CASE,
 the trained model and metrics.json (what each of three ``train`` calls said).
 """
 
@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -15,7 +16,7 @@ from megatron.core import parallel_state
 from megatron_sdpo.config import LayoutConfig
 from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
 from megatron_sdpo.mcore.hf import save_hf
-from tests.learner_setup import learn, make_batch, make_config, make_learner
+from tests.learner_setup import MODELS, learn, make_batch, make_config, make_learner
 
 BATCHES = 3
 BUDGETS = (4096, 64, 1)
@@ -31,7 +32,7 @@ _CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "sdpo-one-sample-each": ("llama", ("optim.mini_batches=9",)),
     "sdpo-tied": ("qwen3-tied", ("optim.mini_batches=2", "rollout.temperature=0.7", "objective.tail=false")),
-    "grpo": ("llama", ("objective.kind=grpo", "optim.mini_batches=2", "objective.advantage_std=true")),
+    "grpo": ("qwen3-tied", ("objective.kind=grpo", "optim.mini_batches=2", "objective.advantage_std=true")),
     "hybrid-vocabulary": (
         "qwen3-tied",
         (
@@ -47,6 +48,8 @@ _CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "next-token": ("qwen3-tied", ("objective.kind=next_token",)),
+    "bf16-sdpo": ("llama", ("model.dtype=bfloat16", "optim.mini_batches=2")),
+    "bf16-grpo": ("qwen3-tied", ("model.dtype=bfloat16", "objective.kind=grpo")),
 }
 CASES = {
     **{f"sdpo-{budget}": ("llama", (f"layout.tokens_per_micro_batch={budget}",)) for budget in BUDGETS},
@@ -58,9 +61,16 @@ CASES = {
 """Name -> (model, overrides)."""
 
 
+def cases_of(layout: LayoutConfig) -> list[str]:
+    """Those whose model has a layer for every stage."""
+    stages = layout.pipeline_parallel * layout.virtual_pipeline
+    return [case for case, (model, _) in CASES.items() if MODELS[model] % stages == 0]
+
+
 def run_cases(folder: Path, groups: ParallelGroups, layout: LayoutConfig, out: Path) -> None:
     """Train each case from the start; every rank must report the same metrics."""
-    for case, (model, overrides) in CASES.items():
+    for case in cases_of(layout):
+        model, overrides = CASES[case]
         config = make_config(folder / model, overrides, layout)
         learner = make_learner(config, groups, folder / f"{model}-teacher")
         metrics = [learn(learner, make_batch(step)) for step in range(BATCHES)]
@@ -72,10 +82,34 @@ def run_cases(folder: Path, groups: ParallelGroups, layout: LayoutConfig, out: P
             (out / case / "metrics.json").write_text(json.dumps(metrics))
 
 
+SWITCHES: dict[str, dict[str, Any]] = {
+    "sp": {"sequence_parallel": True},
+    "do": {"distributed_optimizer": True},
+    "reduce": {"overlap_grad_reduce": True},
+    "overlap": {
+        "distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+        "overlap_bucket_elements": 3000,  # several buckets, one of the head alone
+    },
+}
+"""What may follow a layout's sizes."""
+
+
 def parse(name: str) -> LayoutConfig:
-    """``tp2pp1dp1``"""
-    tp, pp, dp = map(int, re.findall(r"\d+", name))
-    return LayoutConfig(tensor_parallel=tp, pipeline_parallel=pp, world_size=tp * pp * dp)
+    """Sizes of more than one and switches: ``tp2``, ``pp2vp2``, ``tp2cp2-sp-do``."""
+    sizes, *switches = name.split("-")
+    size = {kind: int(count) for kind, count in re.findall(r"([a-z]+)(\d+)", sizes)}
+    tp, pp, dp, cp, vp = (size.get(kind, 1) for kind in ("tp", "pp", "dp", "cp", "vp"))
+    more = {key: value for switch in switches for key, value in SWITCHES[switch].items()}
+    return LayoutConfig(
+        tensor_parallel=tp,
+        pipeline_parallel=pp,
+        virtual_pipeline=vp,
+        context_parallel=cp,
+        world_size=tp * pp * dp * cp,
+        **more,
+    )
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from megatron_sdpo.fused import Head, fused_loss, scored
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
 from megatron_sdpo.mcore.hf import load_hf, save_hf
-from megatron_sdpo.mcore.model import HiddenStatesModel, build_model
+from megatron_sdpo.mcore.model import HiddenStatesModel, build_model, chunks_of
 from megatron_sdpo.mcore.modules import packed_rows
 
 CHUNK = 24
@@ -86,7 +86,7 @@ def gradients(bare: HiddenStatesModel, groups: ParallelGroups, documents: list[T
 
 def check(source: Path, out: Path, inputs: dict[str, Any], groups: ParallelGroups, layout: LayoutConfig) -> None:
     hf = read_hf_config(source)
-    model = build_model(hf, layout, groups, torch.float32)
+    (model,) = chunks_of(build_model(hf, layout, groups, torch.float32))
     load_hf(model, source, groups, layout)
     with torch.no_grad():
         plain, perturbed = (run(model, model, groups, inputs[key], None) for key in ("documents", "perturbed"))

@@ -1,6 +1,6 @@
 """Worker of test_publish.py: trainer ranks that publish to a real engine, and what goes wrong on the way.
 
-Arguments: tensor_parallel pipeline_parallel folder scenarios. Reads folder/setup.pt (written by the test: where the
+Arguments: layout (tp2pp2) folder scenarios. Reads folder/setup.pt (written by the test: where the
 engine is, which checkpoints there are, what transformers makes of the probes); the scenarios are the functions of
 ``SCENARIOS``, run in their order. Prints the time of its end.
 """
@@ -30,6 +30,7 @@ from megatron_sdpo.reshard.plan import plan
 from megatron_sdpo.reshard.publish import Publisher, PublishError
 from megatron_sdpo.reshard.transport import LEAVE_S
 from megatron_sdpo.rollout.control import EngineControl, EngineError
+from tests.dist_learner import parse
 from tests.faulty_control import FaultyControl
 from tests.learner_setup import make_config
 
@@ -114,15 +115,15 @@ def gathers(ranks: Ranks) -> None:
     """What each rank's buckets hold, as files; for every model and two bucket sizes."""
     for name, path in ranks.setup["models"].items():
         hf = read_hf_config(path)
+        if hf["num_hidden_layers"] % ranks.groups.stages:
+            continue
         model = build_model(hf, ranks.layout, ranks.groups, torch.float32)
         load_hf(model, path, ranks.groups, ranks.layout)
         for bucket_bytes in (20_000, 1 << 30):
             held: dict[str, torch.Tensor] = {}
-            for bucket in plan(hf, ranks.groups.pipeline_size, 4, bucket_bytes):
+            for bucket in plan(hf, ranks.groups.pipeline_size, 4, bucket_bytes, ranks.groups.virtual_size):
                 pairs = gather(bucket, canonical_parameters(model), hf, ranks.groups)
-                assert [n for n, _ in pairs] == (
-                    [t.name for t in bucket.tensors] if _sends(ranks, bucket.stage) else []
-                )
+                assert [n for n, _ in pairs] == ([t.name for t in bucket.tensors] if _sends(ranks, bucket.rank) else [])
                 assert not held.keys() & dict(pairs).keys()
                 held |= {n: tensor.clone() for n, tensor in pairs}
             file = ranks.out / f"{name}-{bucket_bytes}" / f"{ranks.groups.rank}.safetensors"
@@ -344,18 +345,17 @@ SCENARIOS = (gathers, versions, faults, not_finite, no_way_back, hanging, dying,
 
 
 def main() -> None:
-    tp, pp = int(sys.argv[1]), int(sys.argv[2])
-    setup = torch.load(Path(sys.argv[3]) / "setup.pt", weights_only=False)
-    layout = LayoutConfig(tensor_parallel=tp, pipeline_parallel=pp, world_size=tp * pp)
+    layout, folder = parse(sys.argv[1]), Path(sys.argv[2])
+    setup = torch.load(folder / "setup.pt", weights_only=False)
     groups = initialize(layout, seed=0, timeout_s=120)
     learner = Learner(make_config(setup["checkpoints"]["a"], layout=layout), groups)
-    out = Path(sys.argv[3]) / f"tp{tp}pp{pp}"
+    out = folder / sys.argv[1]
     out.mkdir(exist_ok=True)
     ranks = Ranks(setup, layout, groups, learner, out)
     for scenario in SCENARIOS:
-        if scenario.__name__ in sys.argv[4:]:
+        if scenario.__name__ in sys.argv[3:]:
             scenario(ranks)
-    if sys.argv[4:] != ["hanging"]:  # which stands for a trainer that ends by PublishError, without manners
+    if sys.argv[3:] != ["hanging"]:  # which stands for a trainer that ends by PublishError, without manners
         shutdown()
     print(f"ended at {time.time()}", flush=True)
 

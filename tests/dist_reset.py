@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 
 from megatron_sdpo.config import LayoutConfig
 from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.mcore.learner import Learner
 from tests.dist_checkpoint import differences, state_of
 from tests.dist_learner import parse
 from tests.learner_setup import learn, make_batch, make_config, make_learner
@@ -35,6 +36,7 @@ def check_reset(folder: Path, case: str, groups: ParallelGroups, layout: LayoutC
     base = new.log_probs([3, 5, 8, 13])
     trained = [learn(used, make_batch(step)) for step in (0, 1, 2)]
     assert used.log_probs([3, 5, 8, 13]) != base, "three batches must have changed the model"
+    check_swap(used)
     used.reset()
     assert differences(state_of(used), state_of(new)) == []
     assert used.log_probs([3, 5, 8, 13]) == base
@@ -43,6 +45,25 @@ def check_reset(folder: Path, case: str, groups: ParallelGroups, layout: LayoutC
         learn(new, make_batch(step))
     assert differences(state_of(used), state_of(new)) == []
     assert all(torch.isfinite(weight).all() for weight in used.model.parameters())
+
+
+def check_swap(learner: Learner) -> None:
+    """Every rank's model has the teacher's weights, whole, and afterwards its own to the bit, whatever happens."""
+    named = learner.weights.named
+    before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    live = learner.teacher.kind == "live"
+    shown = before if live else learner.weights.joined(learner.teacher.tensors)
+    assert live or any(not torch.equal(shown[name].to(weight.dtype), weight) for name, weight in before.items())
+    for raises in (False, True):
+        try:
+            with learner.teacher.swapped_in(learner.weights):
+                assert all(torch.equal(named[name], weight.to(named[name].dtype)) for name, weight in shown.items())
+                if raises:
+                    raise KeyError("inside")
+        except KeyError:
+            assert raises
+        assert differences(dict(named), before) == []
+    assert differences(learner.weights.joined(learner.weights.cut(before)), before) == []
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.types import Batch, Sample
 from tests.tiny_model import write_tiny_checkpoint
 
-MODELS = ("llama", "qwen3-tied")
+MODELS = {"llama": 2, "qwen3-tied": 4}
+"""Name -> layers."""
 VOCABULARY, HIDDEN = 104, 48
 # (prompt, response, teacher prompt or None) tokens; neighbours in this list answer the same question
 _LENGTHS = (
@@ -25,13 +26,13 @@ _LENGTHS = (
 )
 
 
-def write_models(folder: Path, vocabulary: int = VOCABULARY, models: Sequence[str] = MODELS) -> None:
+def write_models(folder: Path, vocabulary: int = VOCABULARY, models: Mapping[str, int] = MODELS) -> None:
     """``folder/NAME`` for each of ``models``, and beside it ``NAME-teacher`` with other weights, not far away."""
-    for name in models:
+    for name, layers in models.items():
         family, tied = name.removesuffix("-tied"), name.endswith("-tied")
         for path, seed in ((folder / name, 1), (folder / f"{name}-teacher", 2)):
             write_tiny_checkpoint(
-                path, seed, family, vocabulary, HIDDEN, layers=2, kv_heads=2, head_dim=12, intermediate_size=80, std=0.2
+                path, seed, family, vocabulary, HIDDEN, layers, kv_heads=2, head_dim=12, intermediate_size=80, std=0.2
             )
             if tied:
                 _tie(path)
@@ -89,8 +90,9 @@ def make_learner(config: Config, groups: ParallelGroups, teacher: Path | None = 
         load_hf(learner.model, teacher, groups, config.layout)
         with torch.no_grad():
             for held in filter(None, (learner.teacher, learner.reference)):
-                for weight, parameter in zip(held.tensors, learner.model.parameters(), strict=True):
-                    weight.copy_(parameter)
+                theirs = learner.weights.cut(dict(learner.model.named_parameters()))
+                for weight, part in zip(held.tensors, theirs, strict=True):
+                    weight.copy_(part)
         load_hf(learner.model, config.model.path, groups, config.layout)
     return learner
 
@@ -101,6 +103,11 @@ def learn(learner: Learner, batch: Batch) -> dict[str, float]:
     metrics = learner.train(batch, student, learner.score_teacher(batch, student))
     learner.update_teacher()
     return metrics
+
+
+def comparable(metrics: dict[str, float]) -> dict[str, float]:
+    """What every layout must say alike: all but how many tokens fill its rows and micro-batches."""
+    return {key: value for key, value in metrics.items() if key != "optim/padding_tokens"}
 
 
 def _tie(path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sdpo.batching import MicroBatch, View, assign, cut, deal, micro_batches, pack
+from megatron_sdpo.batching import WHOLE, MicroBatch, RowCut, View, assign, cut, deal, micro_batches, pack, zigzag
 from megatron_sdpo.types import Sample
 
 CPU = torch.device("cpu")
@@ -78,7 +78,8 @@ def check_packing(batch: MicroBatch, samples: Sequence[Sample], view: View) -> N
     assert batch.positions_T.tolist() == positions
     assert batch.rows_N.tolist() == rows
     assert batch.response_ids_N.tolist() == responses == [ids[row + 1] for row in rows]
-    assert sum(batch.lengths) == len(ids)
+    assert sum(batch.lengths) == sum(batch.padded_lengths) == len(ids)
+    assert batch.padding == (0 if batch.samples else 1)
     assert batch.response_lengths == tuple(len(samples[i].response_ids) for i in batch.samples)
     for field in (batch.ids_T, batch.positions_T, batch.rows_N, batch.response_ids_N):
         assert field.dtype == torch.int64 and field.dim() == 1
@@ -151,3 +152,81 @@ def test_deal_is_a_partition_by_seed_and_step(count: int, mini_batches: int, see
 def test_deal_differs_between_steps_and_seeds() -> None:
     dealt = [str(deal(64, 2, seed, step)) for seed in range(4) for step in range(4)]
     assert len(set(dealt)) == len(dealt)
+
+
+CUTS = st.sampled_from([(ranks, multiple) for ranks in (1, 2, 3) for multiple in (1, 2, 3, 4)])
+
+
+@settings(deadline=None, max_examples=30)
+@given(SEQUENCES, CUTS)
+def test_ranks_divide_a_row(sequences: list[tuple[list[int], list[int], list[int]]], cut: tuple[int, int]) -> None:
+    """Every token is on one rank, in an early and a late chunk of its sequence; every response token is predicted once,
+    by the token before it; what fills the row is counted."""
+    ranks, multiple = cut
+    given = [(i, prompt, response) for i, (prompt, response, _) in enumerate(sequences)]
+    whole = pack(given, CPU)
+    parts = [pack(given, CPU, RowCut(rank, ranks, multiple)) for rank in range(ranks)]
+    padded = parts[0].padded_lengths
+    assert len({len(part.ids_T) for part in parts}) == 1
+    assert sum(len(part.ids_T) for part in parts) == sum(padded)
+    assert len(parts[0].ids_T) % multiple == 0
+    assert ranks == 1 or all(length % (2 * ranks) == 0 for length in padded)
+    assert parts[0].padding == sum(padded) - sum(whole.lengths)
+    assert parts[0].lengths[: len(sequences)] == whole.lengths
+
+    row = torch.full((sum(padded), 2), -1)
+    for part in parts:
+        mine = zigzag(padded, part.rank, ranks)
+        assert (row[mine] == -1).all()
+        row[mine] = torch.stack((part.ids_T, part.positions_T), 1)
+        assert torch.equal(mine[part.rows_N], _rows(whole, padded)[part.places[part.rank]])
+        assert torch.equal(part.response_ids_N, whole.response_ids_N[part.places[part.rank]])
+    real = torch.cat([torch.arange(n) + start for n, start in zip(whole.lengths, _starts(padded), strict=False)])
+    assert torch.equal(row[real], torch.stack((whole.ids_T, whole.positions_T), 1))
+    assert torch.cat([part.places[part.rank] for part in parts]).sort().values.tolist() == list(
+        range(len(whole.rows_N))
+    )
+    assert all(torch.equal(a, b) for part in parts for a, b in zip(part.places, parts[0].places, strict=True))
+
+
+def _starts(lengths: tuple[int, ...]) -> list[int]:
+    return [sum(lengths[:i]) for i in range(len(lengths))]
+
+
+def _rows(whole: MicroBatch, padded: tuple[int, ...]) -> torch.Tensor:
+    """Where the predicting tokens of an unpadded row stand in the padded one."""
+    shift = [new - old for new, old in zip(_starts(padded), _starts(whole.lengths), strict=False)]
+    return whole.rows_N + torch.tensor(shift).repeat_interleave(torch.tensor(whole.lengths))[whole.rows_N]
+
+
+@settings(deadline=None, max_examples=30)
+@given(SEQUENCES, st.sampled_from([2, 3]))
+def test_what_ranks_join_is_what_they_split(
+    sequences: list[tuple[list[int], list[int], list[int]]], ranks: int
+) -> None:
+    given = [(i, prompt, response) for i, (prompt, response, _) in enumerate(sequences)]
+    whole = pack(given, CPU)
+    values = torch.arange(2 * len(whole.rows_N)).reshape(-1, 2)
+    per_sample = [float(i) for i in range(len(sequences))]
+    for rank in range(ranks):
+        part = pack(given, CPU, RowCut(rank, ranks))
+        parts = part.split(values)
+        assert all(torch.equal(parts[i], whole.split(values)[i]) for i in whole.samples)
+        assert torch.equal(part.join(parts, none=values[:0]), values[part.places[rank]])
+        assert torch.equal(part.spread(per_sample), whole.spread(per_sample)[part.places[rank]])
+
+
+@pytest.mark.parametrize(
+    ("row", "tokens"), [(RowCut(), 1), (RowCut(multiple=4), 4), (RowCut(1, 2), 4), (RowCut(0, 2, 3), 12)]
+)
+def test_a_padding_micro_batch_fills_one_unit(row: RowCut, tokens: int) -> None:
+    batch = pack([], CPU, row)
+    assert (batch.samples, batch.padding, sum(batch.padded_lengths)) == ((), tokens, tokens)
+    assert len(batch.ids_T) == tokens // row.ranks and len(batch.rows_N) == 0
+
+
+def test_an_interleaved_pipeline_gets_its_multiple() -> None:
+    samples = samples_of([([1, 2], [3], [1])] * 5)
+    for multiple, count in ((1, 5), (2, 6), (4, 8)):
+        found = micro_batches(samples, [list(range(5))], "student", 1, 0, CPU, WHOLE, multiple)
+        assert [len(batch.samples) for batch in found] == [1] * 5 + [0] * (count - 5)

@@ -58,8 +58,17 @@ def refusal(folder: Path, *arguments: str) -> str:
             "layout.tensor_parallel 3 does not divide the model's 4 attention heads; set a divisor of 4",
         ),
         (["--layout=pp3"], "layout.pipeline_parallel 3 does not divide the model's 4 layers; set a divisor of 4"),
-        (["layout.world_size=3"], "layout.world_size 3 is not a multiple of tensor_parallel * pipeline_parallel = 2"),
+        (
+            ["layout.world_size=3"],
+            "3 is not a multiple of tensor_parallel * pipeline_parallel * context_parallel = 2; set",
+        ),
         (["--layout=fast"], "--layout 'fast' is not a layout; write tp2"),
+        (["--layout=cp2tp2"], "--layout 'cp2tp2' is not a layout; write tp2"),
+        (
+            ["--layout=pp2vp4"],
+            "layout.pipeline_parallel 2 times layout.virtual_pipeline 4 does not divide the model's 4",
+        ),
+        (["--layout=tp1sp"], "layout.sequence_parallel divides tokens over tensor ranks, but"),
         (["--layout="], "--layout '' is not a layout"),
         (["--layout=tp0"], "layout.tensor_parallel is 0; it must be at least 1"),
         (["--run-dir="], "run_dir is empty"),
@@ -318,6 +327,15 @@ def test_dry_run_prints_what_a_run_would_save(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(done.stdout)
     assert configuration.load(file) == apply_overrides(minipipe(), [*layout, *overrides])
+
+
+def test_a_layout_in_short_is_the_keys_in_long(tmp_path: Path) -> None:
+    done = run(tmp_path, "train", "minipipe", "--layout=tp2sppp2vp2cp2dp3do", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    keys = {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2, "virtual_pipeline": 2}
+    keys |= {"context_parallel": 2, "world_size": 24, "distributed_optimizer": True}
+    layout = json.loads(done.stdout)["layout"]
+    assert {key: layout[key] for key in keys} == keys
 
 
 def test_a_report_on_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ LAYOUTS = ("tp2pp1dp1", pytest.param("tp1pp2dp1", marks=pytest.mark.slow))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experts")
-    write_models(folder, models=(MODEL,))
+    write_models(folder, models={MODEL: 2})
     return folder
 
 

@@ -71,8 +71,8 @@ def test_one_process_stops_by_name_and_changes_nothing(folder: Path, groups: Par
 @pytest.mark.parametrize(
     ("ranks", "layouts"),
     [
-        (2, ("tp1pp2dp1", "tp1pp1dp2")),
-        pytest.param(4, ("tp1pp2dp2", "tp2pp2dp1"), marks=pytest.mark.slow),
+        (2, ("pp2", "dp2-do", "cp2")),
+        pytest.param(4, ("pp2dp2", "tp2pp2"), marks=pytest.mark.slow),
     ],
 )
 def test_all_ranks_stop_together(folder: Path, ranks: int, layouts: tuple[str, ...]) -> None:

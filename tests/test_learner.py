@@ -27,9 +27,19 @@ from megatron_sdpo.mcore.hf import save_hf
 from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.mcore.scores import TeacherScores
 from megatron_sdpo.types import Batch, Evaluation
-from tests.dist_learner import BATCHES, CASES, run_cases
+from tests.dist_learner import BATCHES, CASES, cases_of, parse, run_cases
 from tests.launch import run_ranks
-from tests.learner_setup import HIDDEN, MODELS, VOCABULARY, learn, make_batch, make_config, make_learner, write_models
+from tests.learner_setup import (
+    HIDDEN,
+    MODELS,
+    VOCABULARY,
+    comparable,
+    learn,
+    make_batch,
+    make_config,
+    make_learner,
+    write_models,
+)
 from tests.reference.step_naive import first_step, load
 from tests.tiny_model import reference_log_probs
 
@@ -40,6 +50,15 @@ TOLERANCE = 1e-5
 """Relative, of losses and gradient norms."""
 WEIGHT_TOLERANCE = 1e-5
 """Of weights after Adam: their distance, relative to how far training moved them (rounding alone makes 4e-6)."""
+BF16_TOLERANCE = 6e-2
+"""Of losses and gradient norms in bf16, whose numbers are 4e-3 apart: sums in another order round elsewhere (4.6e-2
+found)."""
+BF16_WEIGHT_TOLERANCE = 0.25
+"""Of weights as above: most move by less than a few steps of bf16, so one step more or less is seen (0.15 found)."""
+
+
+PADDED = ("tp2-sp", "pp2vp2", "cp2", "dp2-overlap")
+"""Layouts that fill rows, or give a rank micro-batches without a sample, in the batches here."""
 
 
 @pytest.fixture(scope="module")
@@ -71,33 +90,54 @@ def _distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return math.sqrt(sum((a[name].double() - b[name].double()).pow(2).sum().item() for name in a))
 
 
-def _check_weights(found: dict[str, Tensor], expected: dict[str, Tensor], before: dict[str, Tensor]) -> None:
-    assert _distance(found, expected) <= WEIGHT_TOLERANCE * _distance(expected, before)
+def _check_weights(
+    found: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    before: dict[str, Tensor],
+    tolerance: float = WEIGHT_TOLERANCE,
+) -> None:
+    assert _distance(found, expected) <= tolerance * _distance(expected, before)
 
 
 def _check_case(folder: Path, single: Path, layout: str, case: str) -> None:
     metrics, expected = _metrics(folder / layout / case), _metrics(single / case)
     assert len(metrics) == BATCHES
+    exact = not case.startswith("bf16")
     for ours, theirs in zip(metrics, expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=1e-9), f"{layout} {case}"
-    before = folder / CASES[case][0]
-    _check_weights(*(load_file(path / "model.safetensors") for path in (folder / layout / case, single / case, before)))
+        if exact:
+            agreed = comparable(ours) == pytest.approx(comparable(theirs), rel=TOLERANCE, abs=1e-9)
+            assert agreed, f"{layout} {case}: {ours} is not {theirs}"
+        for key in ("loss/total", "optim/grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=BF16_TOLERANCE), f"{layout} {case}"
+    found, wanted, before = (
+        load_file(path / "model.safetensors")
+        for path in (folder / layout / case, single / case, folder / CASES[case][0])
+    )
+    _check_weights(found, wanted, before, WEIGHT_TOLERANCE if exact else BF16_WEIGHT_TOLERANCE)
 
 
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize(
     "layouts",
     [
-        pytest.param(("tp2pp1dp1", "tp1pp2dp1", "tp1pp1dp2"), id="2"),
-        pytest.param(("tp2pp2dp1",), id="4"),
-        pytest.param(("tp2pp1dp2", "tp1pp2dp2"), id="4-data", marks=pytest.mark.slow),
+        pytest.param(("tp2-sp", "pp2vp2", "cp2", "dp2-overlap"), id="2"),
+        pytest.param(("tp2", "pp2", "dp2", "dp2-do", "dp2-reduce"), id="2-more", marks=pytest.mark.slow),
+        pytest.param(("tp2pp2",), id="4"),
+        pytest.param(
+            ("tp2dp2-sp-do", "pp2dp2", "pp2vp2dp2-overlap", "tp2cp2-sp-do", "pp2cp2"),
+            id="4-more",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_layout_trains_like_one_process(folder: Path, single: Path, layouts: tuple[str, ...]) -> None:
-    ranks = math.prod(int(digit) for digit in layouts[0] if digit.isdigit())
-    run_ranks("dist_learner.py", ranks, [str(folder), *layouts], timeout=200)
+    ranks = parse(layouts[0]).world_size
+    run_ranks("dist_learner.py", ranks, [str(folder), *layouts], timeout=400)
     for layout in layouts:
-        for case in CASES:
+        for case in cases_of(parse(layout)):
             _check_case(folder, single, layout, case)
+        pads = [metrics["optim/padding_tokens"] for metrics in _metrics(folder / layout / "next-token")]
+        assert (min(pads) > 0) == (layout in PADDED), f"{layout} pads {pads}"
 
 
 def test_the_split_into_micro_batches_changes_nothing(folder: Path, single: Path) -> None:

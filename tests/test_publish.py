@@ -20,11 +20,12 @@ from megatron_sdpo.rollout.control import EngineControl
 from megatron_sdpo.rollout.fleet import Fleet
 from megatron_sdpo.types import EngineAddress
 from tests.conftest import TOKEN, Engine, engine_config
+from tests.dist_learner import parse
 from tests.launch import ROOT, run_ranks
 from tests.learner_setup import MODELS, write_models
 from tests.tiny_model import reference_log_probs, write_tiny_checkpoint
 
-LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
+LAYOUTS = ("tp1", "tp2", "pp2", "tp2pp2", "pp2vp2", "cp2")
 PROBES = ([5, 17, 80, 33, 9, 61, 4], list(range(3, 43)), [99, 99, 2, 50] * 20)
 
 
@@ -77,20 +78,23 @@ def shared(engine: Engine, folder: Path, prepare: Callable[..., None]) -> Iterat
     control.update_weights_from_disk(str(engine.checkpoint), 0)
 
 
-@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
-def test_every_layout_publishes(shared: Path, tp: int, pp: int) -> None:
-    more = {(1, 1): ["under_load"], (1, 2): ["faults", "no_way_back", "not_finite"]}.get((tp, pp), [])
-    run_ranks("dist_publish.py", tp * pp, [str(tp), str(pp), str(shared), "gathers", "versions", *more])
-    out = shared / f"tp{tp}pp{pp}"
-    assert_gathered(shared, out, senders={stage * tp for stage in range(pp)})
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_publishes(shared: Path, name: str) -> None:
+    more = {"tp1": ["under_load"], "pp2": ["faults", "no_way_back", "not_finite"]}.get(name, [])
+    layout, out = parse(name), shared / name
+    run_ranks("dist_publish.py", layout.world_size, [name, str(shared), "gathers", "versions", *more])
+    per_stage = layout.tensor_parallel * layout.context_parallel
+    stages = layout.pipeline_parallel * layout.virtual_pipeline
+    models = [model for model, layers in MODELS.items() if layers % stages == 0]
+    assert_gathered(shared, out, models, senders={rank * per_stage for rank in range(layout.pipeline_parallel)})
     contents = {name: load_file(shared / name / "model.safetensors") for name in "ab"}
     digests = {name: digest(describe(*item) for item in tensors.items()) for name, tensors in contents.items()}
     assert torch.load(out / "stamps.pt") == {1: f"1-{digests['a']}", 2: f"2-{digests['b']}", 3: f"3-{digests['a']}"}
 
 
-def assert_gathered(folder: Path, out: Path, senders: set[int]) -> None:
+def assert_gathered(folder: Path, out: Path, models: list[str], senders: set[int]) -> None:
     """Together the senders hold the checkpoint, to the bit; nobody else holds anything."""
-    for name in MODELS:
+    for name in models:
         expected = load_file(folder / name / "model.safetensors")
         for bucket_bytes in (20_000, 1 << 30):
             files = {int(file.stem): load_file(file) for file in (out / f"{name}-{bucket_bytes}").iterdir()}
@@ -105,7 +109,7 @@ def assert_gathered(folder: Path, out: Path, senders: set[int]) -> None:
 def run_alone(folder: Path, scenario: str) -> tuple[int, str, float]:
     """One rank without torchrun, whose own end would hide how the rank ends: exit code, output, seconds at exit."""
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, str(ROOT / "tests" / "dist_publish.py"), "1", "1", str(folder), scenario]
+    command = [sys.executable, str(ROOT / "tests" / "dist_publish.py"), "tp1", str(folder), scenario]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -137,11 +141,11 @@ def test_two_engines_stay_together(folder: Path, engine: Engine, prepare: Callab
     with Fleet(engine_config(tmp_path, engine.checkpoint, count=2), tmp_path, TOKEN) as fleet:
         leaders = [fleet.process_ids()[address.name] for address in fleet.engines]
         prepare(fleet.engines, leaders)
-        run_ranks("dist_publish.py", 2, ["1", "2", str(folder), "versions", "two_engines"], timeout=200)
+        run_ranks("dist_publish.py", 2, ["pp2", str(folder), "versions", "two_engines"], timeout=200)
 
 
 @pytest.mark.slow
 def test_an_engine_of_two_ranks(folder: Path, engine: Engine, prepare: Callable[..., None], tmp_path: Path) -> None:
     with Fleet(engine_config(tmp_path, engine.checkpoint, tensor_parallel=2), tmp_path, TOKEN) as fleet:
         prepare(fleet.engines)
-        run_ranks("dist_publish.py", 2, ["1", "2", str(folder), "versions", "faults"], timeout=200)
+        run_ranks("dist_publish.py", 2, ["pp2", str(folder), "versions", "faults"], timeout=200)

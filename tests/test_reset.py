@@ -31,6 +31,6 @@ def test_a_reset_learner_is_a_new_one(folder: Path, groups: ParallelGroups, case
     check_reset(folder, case, groups, LayoutConfig())
 
 
-@pytest.mark.parametrize("layout", ["tp2pp1dp1", "tp1pp2dp1"])
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2-overlap"])
 def test_under_every_layout(folder: Path, layout: str) -> None:
     run_ranks("dist_reset.py", 2, [str(folder), layout], timeout=200)

@@ -39,15 +39,15 @@ def size(bucket: Bucket, element_bytes: int) -> int:
 # --- the plan ---
 
 
-@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize(("pp", "vp"), [(1, 1), (2, 1), (2, 2), (1, 4)])
 @pytest.mark.parametrize(("family", "tied"), MODELS)
 @settings(deadline=None, derandomize=True)
 @given(bucket_bytes=st.integers(1, 120_000), element_bytes=st.sampled_from([2, 4]))
 def test_every_tensor_travels_once_in_buckets_of_the_size_asked_for(
-    family: str, tied: bool, pp: int, bucket_bytes: int, element_bytes: int
+    family: str, tied: bool, pp: int, vp: int, bucket_bytes: int, element_bytes: int
 ) -> None:
     hf = config(family, tied)
-    buckets = plan(hf, pp, element_bytes, bucket_bytes)
+    buckets = plan(hf, pp, element_bytes, bucket_bytes, vp)
     sent = [tensor for bucket in buckets for tensor in bucket.tensors]
     assert sorted(tensor.name for tensor in sent) == sorted(names.hf_layout(hf))
     for bucket in buckets:
@@ -55,12 +55,14 @@ def test_every_tensor_travels_once_in_buckets_of_the_size_asked_for(
         assert size(bucket, element_bytes) <= bucket_bytes or len(bucket.parameters) == 1
         for parameter in bucket.parameters:
             assert parameter.tensors == names.parameters(hf)[parameter.tensors[0].parameter]  # none is divided
-            assert {tensor.stage(pp) for tensor in parameter.tensors} == {bucket.stage}
-            assert parameter.local == parameter.tensors[0].local(pp)
-    stages = [bucket.stage for bucket in buckets]
+            (stage,) = {tensor.stage(pp * vp) for tensor in parameter.tensors}
+            assert stage % pp == bucket.rank
+            local = parameter.tensors[0].local(pp * vp)
+            assert parameter.local == (local if vp == 1 else f"{stage // pp}.{local}")
+    stages = [bucket.rank for bucket in buckets]
     assert stages == sorted(stages)
     assert set(stages) == set(range(pp))
-    assert buckets == plan(dict(hf), pp, element_bytes, bucket_bytes)
+    assert buckets == plan(dict(hf), pp, element_bytes, bucket_bytes, vp)
 
 
 @pytest.mark.parametrize(("family", "tied"), MODELS)
@@ -84,14 +86,14 @@ def test_what_an_engine_fuses_arrives_together(family: str, tied: bool, bucket_b
 def test_buckets_are_filled(pp: int) -> None:
     """No two neighbours of a stage would have fitted into one."""
     for one, other in pairwise(plan(config(), pp, 4, 20_000)):
-        if one.stage == other.stage:
+        if one.rank == other.rank:
             first = other.parameters[0].elements() * 4
             assert size(one, 4) + first > 20_000
     assert len(plan(config(), pp, 4, 1 << 30)) == pp
 
 
 def test_a_tied_embedding_is_sent_by_the_first_stage() -> None:
-    stages = {t.name: b.stage for b in plan(config(tied=True), 2, 4, 1 << 30) for t in b.tensors}
+    stages = {t.name: b.rank for b in plan(config(tied=True), 2, 4, 1 << 30) for t in b.tensors}
     assert stages["model.embed_tokens.weight"] == 0
     assert "lm_head.weight" not in stages
 

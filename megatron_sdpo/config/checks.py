@@ -1,15 +1,17 @@
 """What values may be, alone and together, whatever the model is."""
 
+import math
 from operator import attrgetter
 
-from megatron_sdpo.config.tree import Config, ConfigError, ObjectiveConfig, TeacherContextConfig
+from megatron_sdpo.config.tree import Config, ConfigError, LayoutConfig, ObjectiveConfig, TeacherContextConfig
 
 _AT_LEAST = {
     2: ("publish.probe_tokens",),
     1: (
         *("steps", "model.max_length", "optim.mini_batches", "objective.top_k", "publish.bucket_bytes"),
         *("layout.tensor_parallel", "layout.pipeline_parallel", "layout.world_size", "layout.tokens_per_micro_batch"),
-        "layout.head_chunk_tokens",
+        *("layout.virtual_pipeline", "layout.context_parallel"),
+        *("layout.head_chunk_tokens", "layout.overlap_bucket_elements"),
         *("engine.count", "engine.tensor_parallel", "engine.max_running_requests", "engine.max_total_tokens"),
         *("rollout.prompts_per_step", "rollout.attempts_per_prompt", "rollout.max_new_tokens"),
         *("rollout.verify_workers", "teacher_context.max_prompt_tokens"),
@@ -61,12 +63,7 @@ def check(config: Config) -> None:
     for key in ("name", "run_dir", "model.path", "engine.host"):
         if not attrgetter(key)(config):
             raise ConfigError(f"{key} is empty; set it")
-    model_parallel = layout.tensor_parallel * layout.pipeline_parallel
-    if layout.world_size % model_parallel:
-        raise ConfigError(
-            f"layout.world_size {layout.world_size} is not a multiple of tensor_parallel * pipeline_parallel"
-            f" = {model_parallel}; set it to {model_parallel} or a multiple"
-        )
+    _check_layout(layout)
     if engine.port + engine.count > 65535:
         raise ConfigError(f"engine.port is {engine.port}; it and the {engine.count} after it must be below 65536")
     if engine.max_total_tokens is not None and engine.max_total_tokens < config.model.max_length:
@@ -93,6 +90,32 @@ def check(config: Config) -> None:
     _check_objective(config.objective)
     _check_teacher_context(config.teacher_context)
     _check_guard(config)
+
+
+def _check_layout(layout: LayoutConfig) -> None:
+    """Refuse sizes that make no whole number of model copies, and switches that need another."""
+    sizes = ("tensor_parallel", "pipeline_parallel", "context_parallel")
+    copy = math.prod(getattr(layout, size) for size in sizes)
+    if layout.world_size % copy:
+        raise ConfigError(
+            f"layout.world_size {layout.world_size} is not a multiple of {' * '.join(sizes)} = {copy}; set it to {copy}"
+            " or a multiple"
+        )
+    if layout.sequence_parallel and layout.tensor_parallel == 1:
+        raise ConfigError(
+            "layout.sequence_parallel divides tokens over tensor ranks, but layout.tensor_parallel is 1; set it to 2 or"
+            " more, or layout.sequence_parallel=false"
+        )
+    if layout.virtual_pipeline > 1 and layout.pipeline_parallel == 1:
+        raise ConfigError(
+            f"layout.virtual_pipeline {layout.virtual_pipeline} cuts the stages of a pipeline, but"
+            " layout.pipeline_parallel is 1; set it to 2 or more, or layout.virtual_pipeline=1"
+        )
+    if layout.overlap_param_gather and not (layout.distributed_optimizer and layout.overlap_grad_reduce):
+        raise ConfigError(
+            "layout.overlap_param_gather gathers what a distributed optimizer divides, and needs the gradients to"
+            " overlap too; set layout.distributed_optimizer=true and layout.overlap_grad_reduce=true"
+        )
 
 
 def _check_objective(objective: ObjectiveConfig) -> None:

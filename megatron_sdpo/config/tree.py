@@ -36,9 +36,23 @@ class LayoutConfig:
     """How the model is cut over trainer ranks; data parallel is what remains of the world size."""
 
     tensor_parallel: int = 1
+    sequence_parallel: bool = False
+    """Tensor ranks also divide the tokens between their matrix products."""
     pipeline_parallel: int = 1
+    virtual_pipeline: int = 1
+    """Pieces of the model, not next to each other, that each pipeline rank holds: less waiting, more messages."""
+    context_parallel: int = 1
+    """Ranks that divide the tokens of every sequence."""
     world_size: int = 1
-    """Trainer ranks in all: a multiple of tensor_parallel * pipeline_parallel."""
+    """Trainer ranks in all: a multiple of tensor_parallel * pipeline_parallel * context_parallel."""
+    distributed_optimizer: bool = False
+    """Data-parallel ranks divide master weights, moments and teacher among themselves; otherwise each has them all."""
+    overlap_grad_reduce: bool = False
+    """Gradients are summed over data-parallel ranks while the last backward pass still runs."""
+    overlap_param_gather: bool = False
+    """distributed_optimizer: new weights travel while the next forward pass runs already."""
+    overlap_bucket_elements: int = 40_000_000
+    """What overlaps travels in buckets of about so many numbers."""
     tokens_per_micro_batch: int = 8192
     """Packed tokens of a micro-batch; a sequence longer than this has a micro-batch of its own."""
     head_chunk_tokens: int = 1024

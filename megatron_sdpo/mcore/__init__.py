@@ -4,9 +4,10 @@
 platform.py      Megatron's spelled-out "cuda" redirected to the CPU where there is no GPU
 groups.py        process groups of a layout, as a frozen record that travels as an argument
 modules.py       packed rows, and the CPU layer modules: RMSNorm, rotary and causal attention
-model.py         Hugging Face config -> Megatron config -> one pipeline stage of the model
+model.py         Hugging Face config -> Megatron config -> a rank's stages of the model
 names.py         pure: Hugging Face names <-> Megatron parameters and their shards; no megatron
 hf.py            Hugging Face checkpoints into the local shard, and back to disk
+weights.py       master weights, moments and teacher: whole on every data rank, or divided
 ===============  ==========================================================================
 
 The redirection happens here, before any submodule can import megatron.

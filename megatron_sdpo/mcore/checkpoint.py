@@ -9,8 +9,8 @@ import multiprocessing
 import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,15 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as megatron_groups
 from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch import Tensor
 
 from megatron_sdpo.config import ConfigError
 from megatron_sdpo.guard import History
+from megatron_sdpo.mcore import optimizer as optim
 from megatron_sdpo.mcore.learner import Learner
-from megatron_sdpo.mcore.model import HiddenStatesModel
+from megatron_sdpo.mcore.model import Model
 from megatron_sdpo.rollout import lifeline
 
 _NAME = re.compile(r"step-(\d{8})$")
@@ -59,9 +62,10 @@ def save(learner: Learner, folder: Path, cursor: int, keep: int) -> Path:
         temporary.mkdir(parents=True)
 
     _on_first_rank(learner, prepare)
-    state = _tensors(learner, loading=False)
+    state = _tensors(learner)
     state["progress"] = {"step": learner.step, "cursor": cursor}
     state["history"] = asdict(learner.history)
+    state["adam"] = {"steps": optim.steps(learner.optimizer), "rate": optim.rate(learner.optimizer)}
     state["world_size"] = learner.groups.world_size
     _save(state, str(temporary))
 
@@ -86,16 +90,20 @@ def load_latest(learner: Learner, folder: Path) -> Resumed | None:
     if not found:
         return None
     path = folder / f"step-{found[-1]:08d}"
-    template = _tensors(learner, loading=True)
-    if dist_checkpointing.load_common_state_dict(str(path))["world_size"] != learner.groups.world_size:
+    template = _tensors(learner)
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    if "adam" not in common:
+        raise ConfigError(f"{path} was written by an earlier version, which kept the optimizer otherwise; start anew")
+    if common["world_size"] != learner.groups.world_size:
         del template["rng"]
     state: Any = dist_checkpointing.load(template, str(path))
     with torch.no_grad():
         learner.model.load_state_dict(state["model"])
-        if "teacher" in state:
-            for (name, _), weight in zip(learner.model.named_parameters(), learner.teacher.tensors, strict=True):
-                weight.copy_(state["teacher"][name])
-        learner.optimizer.load_state_dict(state["optimizer"])
+        for kind, pieces in _pieces(learner).items():
+            for piece, loaded in zip(pieces, learner.weights.cut(state[kind]), strict=True):
+                piece.copy_(loaded)
+    optim.set_steps(learner.optimizer, state["adam"]["steps"])
+    optim.set_rates(learner.optimizer, state["adam"]["rate"], learner.config.optim.weight_decay)
     if "rng" in state:
         torch.set_rng_state(state["rng"])
     progress = Resumed(**state["progress"])
@@ -115,7 +123,7 @@ def find(folder: Path, step: int | None) -> Path:
     return folder / f"step-{found[-1] if step is None else step:08d}"
 
 
-def load_model(model: HiddenStatesModel, path: Path) -> None:
+def load_model(model: Model, path: Path) -> None:
     """Only the weights of the student, from a checkpoint written under any layout."""
     template = {"model": model.sharded_state_dict(prefix="", metadata=_metadata())}
     state: Any = dist_checkpointing.load(template, str(path))
@@ -123,7 +131,7 @@ def load_model(model: HiddenStatesModel, path: Path) -> None:
         model.load_state_dict(state["model"])
 
 
-def save_model(model: HiddenStatesModel, path: Path) -> None:
+def save_model(model: Model, path: Path) -> None:
     """Only the weights, into a new directory that appears complete or not at all."""
     temporary = path.with_name(path.name + _TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed writer
@@ -145,26 +153,46 @@ def _metadata() -> dict[str, Any]:
     return {"dp_cp_group": megatron_groups.get_data_parallel_group(with_context_parallel=True)}
 
 
-def _tensors(learner: Learner, loading: bool) -> dict[str, Any]:
-    """The sharded state: the template of a load and the content of a save."""
-    metadata = _metadata()
-    state: dict[str, Any] = {"model": learner.model.sharded_state_dict(prefix="", metadata=metadata)}
-    state["optimizer"] = learner.optimizer.sharded_state_dict(state, is_loading=loading)
-    if learner.teacher.tensors:
-        state["teacher"] = _teacher_shards(learner, metadata)
+def _tensors(learner: Learner) -> dict[str, Any]:
+    """The sharded state: the template of a load and the content of a save.
+
+    Everything is stored as the model's parameters are, so a checkpoint of any layout, with the optimizer divided over
+    data ranks or not, is one of every other.
+    """
+    model = learner.model.sharded_state_dict(prefix="", metadata=_metadata())
+    state: dict[str, Any] = {"model": model}
+    for kind, pieces in _pieces(learner).items():
+        whole = learner.weights.joined(pieces)
+        state[kind] = {name: _like(model[name], _KEYS[kind], tensor) for name, tensor in whole.items()}
     groups = learner.groups
     state["rng"] = ShardedObject("rng", torch.get_rng_state(), (groups.world_size,), (groups.rank,))
     return state
 
 
-def _teacher_shards(learner: Learner, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The fp32 teacher weights, cut as the model's parameters are, under keys of their own."""
-    shards = learner.model.sharded_state_dict(prefix="teacher.", metadata=metadata)
-    parameters = [name for name, _ in learner.model.named_parameters()]
-    for name, weight in zip(parameters, learner.teacher.tensors, strict=True):
-        shards[f"teacher.{name}"].data = weight
-        shards[f"teacher.{name}"].dtype = weight.dtype
-    return {name: shards[f"teacher.{name}"] for name in parameters}
+_KEYS = {
+    "masters": "optimizer.state.fp32_param.",
+    "exp_avg": "optimizer.state.exp_avg.",
+    "exp_avg_sq": "optimizer.state.exp_avg_sq.",
+    "teacher": "teacher.",
+}
+"""Kind of tensor -> what its keys begin with, before the parameter's."""
+
+
+def _pieces(learner: Learner) -> dict[str, Sequence[Tensor]]:
+    """What is saved besides the model, as ``learner.weights`` has it."""
+    masters = learner.weights.masters()
+    pieces: dict[str, Sequence[Tensor]] = dict(optim.moments(learner.optimizer, masters))
+    if learner.model.config.params_dtype != torch.float32:  # else the model has them
+        pieces["masters"] = masters
+    if learner.teacher.kind != "live":
+        pieces["teacher"] = learner.teacher.tensors
+    return pieces
+
+
+def _like(shard: Any, prefix: str, tensor: Tensor) -> Any:
+    """A tensor to be stored as a parameter's ``shard`` is, under another key."""
+    dtype = {} if isinstance(shard, ShardedTensorFactory) else {"dtype": tensor.dtype}
+    return replace(shard, key=prefix + shard.key, data=tensor.detach(), **dtype)
 
 
 def _remove(path: Path) -> None:

@@ -18,7 +18,7 @@ from megatron_sdpo.mcore import platform
 class ParallelGroups:
     """Where this rank stands. Ranks count within their group; ``rank`` counts in the world.
 
-    Example: of 8 ranks with tensor 2, pipeline 2, rank 5 is tensor rank 1 of data rank 0 of the last stage.
+    Example: of 8 ranks with tensor 2, pipeline 2, rank 5 is tensor rank 1 of data rank 0 of the last pipeline rank.
     """
 
     world: ProcessGroup
@@ -28,6 +28,10 @@ class ParallelGroups:
     """One rank of each stage."""
     data: ProcessGroup
     """Ranks with the same weights and different rows."""
+    context: ProcessGroup
+    """Ranks with the same weights and parts of the same rows."""
+    data_context: ProcessGroup
+    """All ranks with the same weights."""
     model_parallel: ProcessGroup
     """All ranks (tensor x pipeline) that hold one copy of the weights."""
     rank: int
@@ -36,22 +40,38 @@ class ParallelGroups:
     tensor_size: int
     pipeline_rank: int
     pipeline_size: int
+    virtual_size: int
+    """Stages that each pipeline rank holds: stage s is on pipeline rank s modulo ``pipeline_size``."""
     data_rank: int
     data_size: int
+    context_rank: int
+    context_size: int
     last_stage_rank: int
     """World rank of the last stage in this rank's pipeline group."""
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pipeline_rank == 0
+    def holds_first_copy(self) -> bool:
+        """Of all ranks with the same weights, the one that shows them to others."""
+        return self.data_rank == 0 and self.context_rank == 0
+
+    @property
+    def stages(self) -> int:
+        """Of the whole model."""
+        return self.pipeline_size * self.virtual_size
+
+    @property
+    def own_stages(self) -> range:
+        """Those that this rank holds, in the order of the model."""
+        return range(self.pipeline_rank, self.stages, self.pipeline_size)
 
     @property
     def is_last_stage(self) -> bool:
+        """Among this rank's stages is the last of all, which has the head."""
         return self.pipeline_rank == self.pipeline_size - 1
 
-    def rank_of(self, tensor: int, pipeline: int, data: int = 0) -> int:
-        """World rank at a position; Megatron counts tensor fastest, then data, then pipeline."""
-        return tensor + self.tensor_size * (data + self.data_size * pipeline)
+    def rank_of(self, tensor: int, pipeline: int, data: int = 0, context: int = 0) -> int:
+        """World rank at a position; Megatron counts tensor fastest, then context, data, pipeline."""
+        return tensor + self.tensor_size * (context + self.context_size * (data + self.data_size * pipeline))
 
 
 def initialize(layout: LayoutConfig, seed: int, timeout_s: float) -> ParallelGroups:
@@ -65,12 +85,14 @@ def initialize(layout: LayoutConfig, seed: int, timeout_s: float) -> ParallelGro
     parallel_state.initialize_model_parallel(
         layout.tensor_parallel,
         layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context_parallel,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)  # without a GPU the line before moved the one generator there is
-    groups = _groups()
-    here = groups.rank_of(groups.tensor_rank, groups.pipeline_rank, groups.data_rank)
+    groups = _groups(layout.virtual_pipeline)
+    here = groups.rank_of(groups.tensor_rank, groups.pipeline_rank, groups.data_rank, groups.context_rank)
     if here != groups.rank:
         raise RuntimeError(f"megatron placed rank {groups.rank} where this package expects rank {here}")
     return groups
@@ -103,18 +125,22 @@ def _start_world(layout: LayoutConfig, timeout_s: float) -> None:
         )
 
 
-def _groups() -> ParallelGroups:
+def _groups(virtual_size: int) -> ParallelGroups:
     world = dist.group.WORLD
     assert world is not None, "torch.distributed is not initialised"
     tensor: Any = parallel_state.get_tensor_model_parallel_group()
     pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
     data: Any = parallel_state.get_data_parallel_group()
+    context: Any = parallel_state.get_context_parallel_group()
+    data_context: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
     model_parallel: Any = parallel_state.get_model_parallel_group()
     return ParallelGroups(
         world=world,
         tensor=tensor,
         pipeline=pipeline,
         data=data,
+        context=context,
+        data_context=data_context,
         model_parallel=model_parallel,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -122,7 +148,10 @@ def _groups() -> ParallelGroups:
         tensor_size=tensor.size(),
         pipeline_rank=pipeline.rank(),
         pipeline_size=pipeline.size(),
+        virtual_size=virtual_size,
         data_rank=data.rank(),
         data_size=data.size(),
+        context_rank=context.rank(),
+        context_size=context.size(),
         last_stage_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
     )

@@ -17,6 +17,7 @@ from megatron_sdpo.config import ConfigError, LayoutConfig
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore import names, platform
 from megatron_sdpo.mcore.groups import ParallelGroups
+from megatron_sdpo.mcore.model import Model, chunks_of
 from megatron_sdpo.mcore.safetensors_writer import INDEX, SafetensorsWriter
 
 SHARD_BYTES = 4 << 30
@@ -94,31 +95,30 @@ class HfCheckpoint(Mapping[str, DiskTensor]):
         del self._where["lm_head.weight"]
 
 
-def load_hf(model: torch.nn.Module, path: str | Path, groups: ParallelGroups, layout: LayoutConfig) -> None:
-    """Fill every parameter of this rank's stage from a checkpoint directory, cast to the parameter's dtype.
+def load_hf(model: Model, path: str | Path, groups: ParallelGroups, layout: LayoutConfig) -> None:
+    """Fill every parameter of this rank's stages from a checkpoint directory, cast to the parameter's dtype.
 
     Reads only this rank's slices. Raises ValueError that names a tensor which is unknown, missing or of another
     shape than the config says, and ConfigError for a config that is not supported.
     """
     hf_config = read_hf_config(path)
-    stage = names.stage_parameters(
-        hf_config, stage_layers(hf_config, layout, groups.pipeline_rank), groups.is_first_stage, groups.is_last_stage
-    )
-    targets = canonical_parameters(model)
-    if targets.keys() != stage.keys():
-        wrong = min(targets.keys() ^ stage.keys())
-        raise ValueError(f"the model and the checkpoint {path} disagree on the parameter {wrong!r}")
     with HfCheckpoint(path, hf_config) as checkpoint, torch.no_grad():
         names.check_names(checkpoint, hf_config)
-        for local, tensors in stage.items():
-            shard = names.read_shard(checkpoint, tensors, hf_config, groups.tensor_rank, groups.tensor_size)
-            if shard.shape != targets[local].shape:
-                raise ValueError(f"{path} gives {local} the shape {tuple(shard.shape)}, the model has another")
-            targets[local].copy_(shard)
+        for number, chunk in zip(groups.own_stages, chunks_of(model), strict=True):
+            stage = _stage_parameters(hf_config, layout, number, groups)
+            targets = canonical_parameters(chunk)
+            if targets.keys() != stage.keys():
+                wrong = min(targets.keys() ^ stage.keys())
+                raise ValueError(f"the model and the checkpoint {path} disagree on the parameter {wrong!r}")
+            for local, tensors in stage.items():
+                shard = names.read_shard(checkpoint, tensors, hf_config, groups.tensor_rank, groups.tensor_size)
+                if shard.shape != targets[local].shape:
+                    raise ValueError(f"{path} gives {local} the shape {tuple(shard.shape)}, the model has another")
+                targets[local].copy_(shard)
 
 
 def save_hf(
-    model: torch.nn.Module,
+    model: Model,
     path: str | Path,
     groups: ParallelGroups,
     layout: LayoutConfig,
@@ -142,33 +142,41 @@ def save_hf(
 
 
 def stage_layers(hf_config: Mapping[str, Any], layout: LayoutConfig, stage: int) -> range:
-    """The layers (numbers of the whole model) of a pipeline stage."""
-    per_stage = hf_config["num_hidden_layers"] // layout.pipeline_parallel
+    """The layers (numbers of the whole model) of a stage; an interleaved pipeline has several on each rank."""
+    per_stage = hf_config["num_hidden_layers"] // (layout.pipeline_parallel * layout.virtual_pipeline)
     return range(stage * per_stage, (stage + 1) * per_stage)
 
 
+def _stage_parameters(
+    hf_config: Mapping[str, Any], layout: LayoutConfig, stage: int, groups: ParallelGroups
+) -> dict[str, tuple[names.HfTensor, ...]]:
+    layers = stage_layers(hf_config, layout, stage)
+    return names.stage_parameters(hf_config, layers, stage == 0, stage == groups.stages - 1)
+
+
 def canonical_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters of a stage under the local names of names.py, whichever layer spec built it."""
+    """The parameters under the local names of names.py, whichever layer spec built the model.
+
+    Those of several stages on one rank have the number of the stage on this rank before their names: ``1.decoder...``
+    """
     return {names.canonical(name): parameter for name, parameter in model.named_parameters()}
 
 
 def _gathered(
-    model: torch.nn.Module, hf_config: Mapping[str, Any], groups: ParallelGroups, layout: LayoutConfig
+    model: Model, hf_config: Mapping[str, Any], groups: ParallelGroups, layout: LayoutConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """Rank 0 yields every (HF name, whole tensor); the other ranks of the first model copy send their shards.
 
     Point to point with contiguous tensors: gloo's scatter and gather go wrong, silently, with others.
     """
-    if groups.data_rank != 0:
+    if not groups.holds_first_copy:
         return
-    own = canonical_parameters(model)
-    for stage in range(groups.pipeline_size):
-        layers = stage_layers(hf_config, layout, stage)
-        table = names.stage_parameters(hf_config, layers, stage == 0, stage == groups.pipeline_size - 1)
-        for local, tensors in table.items():
-            if tensors[0].stage(groups.pipeline_size) != stage:
+    own = dict(zip(groups.own_stages, map(canonical_parameters, chunks_of(model)), strict=True))
+    for stage in range(groups.stages):
+        for local, tensors in _stage_parameters(hf_config, layout, stage, groups).items():
+            if tensors[0].stage(groups.stages) != stage:
                 continue  # the last stage's copy of a tied embedding
-            mine = own[local].detach() if groups.pipeline_rank == stage else None
+            mine = own[stage][local].detach() if stage in own else None
             shards = _to_rank_0(mine, tensors, stage, groups, next(model.parameters()).dtype)
             if groups.rank == 0:
                 pieces: list[list[Tensor]] = [names.split(tensors, shard, hf_config) for shard in shards]
@@ -183,7 +191,7 @@ def _to_rank_0(
     holders = range(groups.tensor_size if tensors[0].tp_axis is not None else 1)
     shards = []
     for tensor_rank in holders:
-        source = groups.rank_of(tensor_rank, stage)
+        source = groups.rank_of(tensor_rank, stage % groups.pipeline_size)
         if source == groups.rank == 0:
             assert mine is not None
             shards.append(mine)

@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sdpo import batching, guard, objective
-from megatron_sdpo.batching import MicroBatch, View
+from megatron_sdpo.batching import MicroBatch, RowCut, View
 from megatron_sdpo.config import Config
 from megatron_sdpo.divergence import entropy, sampled_log_probs, student_support, support_log_probs
 from megatron_sdpo.fused import Head, scored
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore import finite, platform
 from megatron_sdpo.mcore import optimizer as optim
-from megatron_sdpo.mcore.forward import forward_backward, score
+from megatron_sdpo.mcore.forward import forward_backward, of_all_ranks, score
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import load_hf
 from megatron_sdpo.mcore.model import build_model
@@ -31,6 +31,8 @@ from megatron_sdpo.types import Batch, Sample
 
 _TOTAL = "loss/total"
 """The weighted sum that is minimised: already whole, not to be divided by tokens."""
+_PADDING = "optim/padding_tokens"
+"""Tokens of the training passes that belong to no sample: they fill rows and micro-batches."""
 
 
 class Learner:
@@ -43,12 +45,13 @@ class Learner:
         self.targets = Targets(config, self.hf_config["hidden_size"], self.device)
         self.model = build_model(self.hf_config, config.layout, groups, getattr(torch, config.model.dtype))
         load_hf(self.model, config.model.path, groups, config.layout)
-        self.ddp, self.optimizer = optim.wrap(self.model, config.optim)
-        self.teacher = TeacherWeights(optim.masters(self.model), config.teacher.kind, config.teacher.update_rate)
+        self.wrapped, self.optimizer, self.weights = optim.wrap(self.model, config.optim, config.layout)
+        self.teacher = TeacherWeights(self.weights.masters(), config.teacher.kind, config.teacher.update_rate)
         # Read from the model's directory at every start, so no checkpoint needs it.
-        self.reference = (
-            TeacherWeights(optim.masters(self.model), "frozen") if config.objective.kl_coefficient else None
-        )
+        self.reference = TeacherWeights(self.weights.masters(), "frozen") if config.objective.kl_coefficient else None
+        tensor_ranks = groups.tensor_size if config.layout.sequence_parallel else 1
+        self.row = RowCut(groups.context_rank, groups.context_size, tensor_ranks)
+        self._count_multiple = groups.pipeline_size if config.layout.virtual_pipeline > 1 else 1
         self.step = 0
         self.history = guard.History()
         """What the collapse guard has seen; the same on every rank, as batches and evaluations are."""
@@ -58,7 +61,7 @@ class Learner:
         """Back to the model's directory: what follows is, to the bit, what a new learner would do."""
         load_hf(self.model, self.config.model.path, self.groups, self.config.layout)
         optim.reset(self.optimizer, self.config.optim)
-        self.teacher.reset(optim.masters(self.model))
+        self.teacher.reset(self.weights.masters())
         self.step, self.history, self._damping = 0, guard.History(), 1.0
 
     def score_student(self, batch: Batch) -> StudentScores:
@@ -79,7 +82,7 @@ class Learner:
         old, ids = self._score(micro_batches, of_logits)
         if self.reference is None:
             return StudentScores(old, ids)
-        with self.reference.swapped_in(list(self.model.parameters())):
+        with self.reference.swapped_in(self.weights):
             return StudentScores(old, ids, self._score(micro_batches, self._of_sampled)[0])
 
     def score_teacher(self, batch: Batch, student: StudentScores) -> TeacherScores:
@@ -97,7 +100,7 @@ class Learner:
             return TeacherScores({}, self._entropies(micro_batches, states), states)
         if self.config.teacher.kind == "trust_region":
             return self._support_scores(micro_batches, student, self._teacher_states(micro_batches))
-        with self.teacher.swapped_in(list(self.model.parameters())):
+        with self.teacher.swapped_in(self.weights):
             return self._support_scores(micro_batches, student, None)
 
     def _support_scores(
@@ -120,11 +123,11 @@ class Learner:
 
     def _teacher_states(self, micro_batches: Sequence[MicroBatch]) -> TeacherStates:
         """What the teacher's weights make of the micro-batches, before the head, and the head."""
-        with self.teacher.swapped_in(list(self.model.parameters())):
-            rows = score(self.model, micro_batches, lambda _, hidden_NH: hidden_NH)
+        with self.teacher.swapped_in(self.weights):
+            found = score(self.model, micro_batches, self._by_sample)
             # A copy: what the parameter holds here may move with the next optimizer step.
             head_VH = self.model.head().detach().clone() if self.groups.is_last_stage else None
-        return TeacherStates(_merge(m.split(rows_NH) for m, rows_NH in zip(micro_batches, rows, strict=False)), head_VH)
+        return TeacherStates(_merge(found), head_VH)
 
     def _entropies(self, micro_batches: Sequence[MicroBatch], states: TeacherStates) -> dict[int, Tensor]:
         """Of the teacher, fp32 ``[R]``, where tokens are weighted by them and the last stage has the states."""
@@ -135,7 +138,11 @@ class Learner:
             scored(self._hidden(m, states), head, lambda logits_CV, _: (entropy(logits_CV, self.groups.tensor),))
             for m in micro_batches
         ]
-        return _merge(m.split(entropy_N) for m, (entropy_N,) in zip(micro_batches, found, strict=True))
+        return _merge(self._by_sample(m, entropy_N) for m, (entropy_N,) in zip(micro_batches, found, strict=True))
+
+    def _by_sample(self, micro_batch: MicroBatch, values_N: Tensor) -> dict[int, Tensor]:
+        """``[N, ...]`` -> whole responses, ``[R, ...]``, by sample."""
+        return micro_batch.split(of_all_ranks(micro_batch, values_N, self.groups.context))
 
     def _hidden(self, micro_batch: MicroBatch, states: TeacherStates) -> Tensor:
         return micro_batch.join(states.hidden, self.targets.none(self.hf_config["hidden_size"]))
@@ -151,6 +158,7 @@ class Learner:
         rate = self._damping * optim.learning_rate(self.config.optim, self.step, self.config.steps)
         optim.set_rates(self.optimizer, rate, self.config.optim.weight_decay)
         found = [self._optimizer_step(batch, chosen, student, teacher) for chosen in self._mini_batches(batch)]
+        self.weights.gather()  # whoever reads the weights from here on finds the new ones
         self.step += 1
         columns = {key: [metrics[key] for metrics in found] for key in found[0]}
         totals = {key: max(c) if key.endswith("/max") else sum(c) / len(c) for key, c in columns.items()}
@@ -159,7 +167,7 @@ class Learner:
     def update_teacher(self) -> None:
         """Once per generation batch; the teacher may have followed each optimizer step instead."""
         if self.config.teacher.update_every == "generation_batch":
-            self.teacher.update(optim.masters(self.model), self._damping)
+            self.teacher.update(self.weights.masters(), self._damping)
 
     def evaluated(self, accuracy: float) -> None:
         """The held-out accuracy of the current version, for the collapse guard."""
@@ -167,8 +175,9 @@ class Learner:
 
     def log_probs(self, ids: Sequence[int]) -> list[float]:
         """Natural log-probs of ``ids[1:]``, each given those before it, under the current weights; on every rank."""
-        probe = batching.pack([(0, ids[:1], ids[1:])], self.device)
-        found, _ = self._score([probe], self._of_sampled, temperature=1.0)
+        sequences = [[(0, ids[:1], ids[1:])], *[[]] * (self._count_multiple - 1)]
+        probe = [batching.pack(held, self.device, self.row) for held in sequences]
+        found, _ = self._score(probe, self._of_sampled, temperature=1.0)
         return self._from_last_stage(found[0].tolist() if found else None)
 
     def _score(
@@ -185,7 +194,7 @@ class Learner:
         def on_hidden(micro_batch: MicroBatch, hidden_NH: Tensor) -> list[dict[int, Tensor]]:
             head = self._head() if temperature is None else replace(self._head(), temperature=temperature)
             found = scored(hidden_NH, head, lambda logits_CV, rows: of_logits(micro_batch, logits_CV, rows))
-            return [micro_batch.split(x_N) for x_N in found]
+            return [self._by_sample(micro_batch, x_N) for x_N in found]
 
         found = score(self.model, micro_batches, on_hidden)
         return _merge(first for first, *_ in found), _merge(rest[0] for _, *rest in found if rest)
@@ -204,18 +213,20 @@ class Learner:
             targets = self.targets.of(micro_batch, samples, numbers, student, teacher)
             teacher_head = self._head(teacher.states.head_VH if teacher.states else None)
             loss, metrics = objective.loss_of_hidden(hidden_NH, self._head(), targets, objective_config, teacher_head)
-            return loss, {**metrics, _TOTAL: loss.detach()}
+            padding = loss.new_tensor(micro_batch.padding / self.groups.context_size)
+            return loss, {**metrics, _TOTAL: loss.detach(), _PADDING: padding}
 
-        self.ddp.zero_grad_buffer()
+        for ddp in self.wrapped:
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         shares = batching.assign(_costs(samples), chosen, self.groups.data_size)
         micro_batches = self._cut(samples, shares, "student")
-        reports = forward_backward(self.ddp, micro_batches, on_hidden)
+        reports = forward_backward(self.wrapped, micro_batches, on_hidden)
         losses, grad_norm = [report[_TOTAL] for report in reports], optim.gradient_norm(self.optimizer)
         finite.check_step(batch, chosen, micro_batches, losses, grad_norm, self.groups)
         self.optimizer.step()
         if self.config.teacher.update_every == "optimizer_step":
-            self.teacher.update(optim.masters(self.model), self._damping)
+            self.teacher.update(self.weights.masters(), self._damping)
         return {**self._reduce(reports), "optim/grad_norm": grad_norm}
 
     def _head(self, weight_VH: Tensor | None = None) -> Head:
@@ -243,7 +254,9 @@ class Learner:
 
     def _cut(self, samples: Sequence[Sample], shares: Sequence[Sequence[int]], view: View) -> list[MicroBatch]:
         budget = self.config.layout.tokens_per_micro_batch
-        return batching.micro_batches(samples, shares, view, budget, self.groups.data_rank, self.device)
+        return batching.micro_batches(
+            samples, shares, view, budget, self.groups.data_rank, self.device, self.row, self._count_multiple
+        )
 
     def _reduce(self, reports: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         """Sums and maxima over micro-batches and data ranks; then per-token means, on every rank."""
@@ -252,14 +265,14 @@ class Learner:
             report = objective.combined(reports)
             sums = sorted(key for key in report if not key.endswith("/max"))
             total = torch.stack([report[key] for key in sums])
-            dist.all_reduce(total, group=self.groups.data)
+            dist.all_reduce(total, group=self.groups.data_context)
             by_key = dict(zip(sums, total.tolist(), strict=True))
             tokens = max(by_key.get("loss/tokens", 0.0), 1.0)
-            reduced = {k: v if k in (_TOTAL, "loss/tokens") else v / tokens for k, v in by_key.items()}
+            reduced = {k: v if k in (_TOTAL, _PADDING, "loss/tokens") else v / tokens for k, v in by_key.items()}
             maxima = sorted(report.keys() - set(sums))
             if maxima:
                 largest = torch.stack([report[key] for key in maxima])
-                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.data)
+                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.data_context)
                 reduced |= dict(zip(maxima, largest.tolist(), strict=True))
         return self._from_last_stage(reduced)
 

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -48,13 +53,45 @@ class HiddenStatesModel(GPTModel):
         if packed_seq_params is None or not self.rotary_in_attention:
             return out
         decoder_input, angles_S11D, *rest = out
-        padding, dtype = packed_seq_params.padding, self.config.params_dtype
-        angles_SD = angles_S11D[:, 0, 0]
-        padding.cos_PD, padding.sin_PD = (f(angles_SD).to(dtype)[padding.position_P] for f in (torch.cos, torch.sin))
+        angles_SD, dtype = angles_S11D[:, 0, 0], self.config.params_dtype
+        packed_seq_params.set_rotary(angles_SD.cos().to(dtype), angles_SD.sin().to(dtype))
         return decoder_input, None, *rest
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
+        """``[T, 1, H]``, whole on every tensor rank, before the last stage as the next one wants it."""
+        if not (self.post_process and self.config.sequence_parallel):
+            return hidden_states
+        # Whatever is computed of them sums its gradient over the tensor ranks itself, so each takes its part of that.
+        return gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+        )
+
+
+class Chunks(torch.nn.ModuleList):
+    """The stages of one rank of an interleaved pipeline, first to last; elsewhere a rank has one model."""
+
+    @property
+    def config(self) -> TransformerConfig:
+        return chunks_of(self)[0].config
+
+    def head(self) -> Tensor:
+        return chunks_of(self)[-1].head()
+
+    def sharded_state_dict(self, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        """Of all stages, under the names of ``state_dict``; in a checkpoint layers have the numbers of the model."""
+        return {
+            f"{prefix}{i}.{name.removeprefix(prefix)}": shard
+            for i, chunk in enumerate(chunks_of(self))
+            for name, shard in chunk.sharded_state_dict(prefix=prefix, **kwargs).items()
+        }
+
+
+Model = HiddenStatesModel | Chunks
+
+
+def chunks_of(model: Model) -> list[HiddenStatesModel]:
+    """The stages that a rank holds."""
+    return [cast(HiddenStatesModel, chunk) for chunk in model] if isinstance(model, Chunks) else [model]
 
 
 def transformer_config(hf: dict[str, Any], layout: LayoutConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -77,7 +114,13 @@ def transformer_config(hf: dict[str, Any], layout: LayoutConfig, dtype: torch.dt
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_parallel,
+        sequence_parallel=layout.sequence_parallel,
+        context_parallel_size=layout.context_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        overlap_p2p_comm=layout.virtual_pipeline
+        > 1,  # the interleaved schedule deadlocks where sends wait for receives
+        batch_p2p_comm=layout.virtual_pipeline == 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -111,40 +154,41 @@ def _experts(hf: dict[str, Any], grouped: bool) -> dict[str, Any]:
     }
 
 
-def build_model(
-    hf: dict[str, Any], layout: LayoutConfig, groups: ParallelGroups, dtype: torch.dtype
-) -> HiddenStatesModel:
-    """This rank's stage, weights not yet loaded (their memory is not even set: call ``hf.load_hf``)."""
+def build_model(hf: dict[str, Any], layout: LayoutConfig, groups: ParallelGroups, dtype: torch.dtype) -> Model:
+    """This rank's stages, weights not yet loaded (their memory is not even set: call ``hf.load_hf``)."""
     config = transformer_config(hf, layout, dtype)
-    model = _stage(hf, layout, groups, config, _block_spec(config, hf["num_hidden_layers"] // layout.pipeline_parallel))
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(hf)
-    _mark_shards(model)
-    return model.to(platform.device())
+    spec = _block_spec(config, hf["num_hidden_layers"] // groups.stages)
+    chunks = [_build_stage(hf, config, groups, spec, stage) for stage in groups.own_stages]
+    for chunk in chunks:
+        chunk.rotary_pos_emb.inv_freq = inverse_frequencies(hf)
+        _mark_shards(chunk)
+        chunk.to(platform.device())
+    return chunks[0] if len(chunks) == 1 else Chunks(chunks)
 
 
 def build_unallocated(hf: dict[str, Any], groups: ParallelGroups, dtype: torch.dtype) -> HiddenStatesModel:
     """The whole model without memory for its weights: what it is made of, and under which names it is saved."""
-    layout = LayoutConfig()
-    config = transformer_config(hf, layout, dtype)
+    config = transformer_config(hf, LayoutConfig(), dtype)
     config.use_cpu_initialization = True  # else Megatron asks for a GPU's memory by name
     with torch.device("meta"):
-        return _stage(hf, layout, groups, config, cpu_block_spec(config, hf["num_hidden_layers"]))
+        return _build_stage(hf, config, groups, cpu_block_spec(config, hf["num_hidden_layers"]), stage=0)
 
 
-def _stage(
-    hf: dict[str, Any], layout: LayoutConfig, groups: ParallelGroups, config: TransformerConfig, spec: Any
+def _build_stage(
+    hf: dict[str, Any], config: TransformerConfig, groups: ParallelGroups, spec: Any, stage: int
 ) -> HiddenStatesModel:
     return HiddenStatesModel(
         config=config,
         transformer_layer_spec=spec,
-        vocab_size=padded_vocabulary(hf, layout.tensor_parallel),
+        vocab_size=padded_vocabulary(hf, config.tensor_model_parallel_size),
         max_sequence_length=hf["max_position_embeddings"],
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
+        pre_process=stage == 0,
+        post_process=stage == groups.stages - 1,
         share_embeddings_and_output_weights=hf["tie_word_embeddings"],
         position_embedding_type="rope",
         rotary_base=hf["rope_theta"],
         rotary_in_attention=not _transformer_engine(),
+        vp_stage=stage // groups.pipeline_size if groups.virtual_size > 1 else None,
     )
 
 

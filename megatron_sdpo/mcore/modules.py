@@ -1,7 +1,7 @@
 """Packed rows, and the layer modules for machines without Transformer Engine, put in through the layer spec.
 
 A micro-batch is one packed row: the tokens of all its sequences end to end, ``[T, 1, H]`` inside the model, with
-``PackedRows`` saying where each begins. On a GPU Transformer Engine reads the same object.
+``PackedRows`` saying where each begins. On a GPU Transformer Engine reads the same object (not yet run on a GPU).
 """
 
 import functools
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -20,6 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_sdpo.batching import zigzag
 from megatron_sdpo.mcore.experts import with_experts
 
 
@@ -31,11 +33,8 @@ class Padding:
 
     ``blocks``: (sequences, width) of each. ``source_P`` (int64): the packed row in each place; a pad repeats its
     sequence's last token. ``position_P``: the place's position in its sequence. ``target_T`` (int64): the place of
-    each packed row. ``cos_PD``, ``sin_PD``: rotary factors, set by the model before its layers run.
+    each packed row.
     """
-
-    cos_PD: Tensor
-    sin_PD: Tensor
 
     def __init__(self, lengths: Tensor) -> None:
         starts, device = torch.cumsum(lengths, 0) - lengths, lengths.device
@@ -62,20 +61,94 @@ class Padding:
 class PackedRows(PackedSeqParams):
     """Megatron's description of one packed row ("thd" format), plus what the CPU attention derives from it."""
 
+    share: tuple[int, int] = (0, 1)
+    """This context rank, of how many."""
+    rotary: tuple[Tensor, Tensor] | None = None
+    """Cosine and sine, where the CPU attention wants them; set by the model before its layers run."""
+
     @functools.cached_property
     def padding(self) -> Padding:
         return Padding(torch.diff(self.cu_seqlens_q).long())
 
+    @functools.cached_property
+    def zigzag(self) -> "ZigZag":
+        """Where tokens stand under context parallelism; the ranks are those of ``share``."""
+        padded = self.cu_seqlens_q if self.cu_seqlens_q_padded is None else self.cu_seqlens_q_padded
+        return ZigZag(torch.diff(padded).tolist(), *self.share)
 
-def packed_rows(lengths: Sequence[int], device: torch.device) -> PackedRows:
-    """Describe a row that holds sequences of these lengths (tokens, each at least 1), end to end."""
+    def set_rotary(self, cos_SD: Tensor, sin_SD: Tensor) -> None:
+        """From those of every position of the longest sequence."""
+        position_P = self.zigzag.position_T if self.share[1] > 1 else self.padding.position_P
+        self.rotary = cos_SD[position_P], sin_SD[position_P]
+
+
+class ZigZag:
+    """Where the tokens of a row stand that context ranks divide (``batching.zigzag``).
+
+    ``position_T``: position in its sequence of each token that this rank holds. ``order_S``: the places, among all
+    ranks' tokens one rank after the other, of the row's tokens in their order. ``sequences``: for each its slice of
+    this rank's tokens and of the row.
+    """
+
+    def __init__(self, padded_lengths: Sequence[int], rank: int, ranks: int) -> None:
+        shares = [zigzag(padded_lengths, r, ranks) for r in range(ranks)]
+        position_S = torch.cat([torch.arange(n) for n in padded_lengths])
+        self.position_T = position_S[shares[rank]]
+        self.order_S = torch.cat(shares).argsort()
+        self.sequences: list[tuple[slice, slice]] = []
+        start = 0
+        for length in padded_lengths:
+            mine = slice(start // ranks, (start + length) // ranks)
+            self.sequences.append((mine, slice(start, start + length)))
+            start += length
+
+
+class _GatherTokens(torch.autograd.Function):
+    """``[T, ...]`` of each rank -> all of them, one rank after the other; gradients are summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x_T: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = x_T.new_empty((group.size() * len(x_T), *x_T.shape[1:]))
+        dist.all_gather_into_tensor(out, x_T.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        out = grad.new_empty((len(grad) // ctx.group.size(), *grad.shape[1:]))
+        dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
+        return out, None
+
+
+def packed_rows(
+    lengths: Sequence[int],
+    device: torch.device,
+    padded_lengths: Sequence[int] | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> PackedRows:
+    """Describe a row that holds sequences of these lengths (tokens, each at least 1), end to end.
+
+    ``padded_lengths`` are the lengths with the padding at the end of each; None: there is none. ``share``: this context
+    rank, of how many that divide the row.
+    """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"a packed row needs sequences of at least one token, not lengths {list(lengths)}")
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(dtype=torch.int32, device=device)
-    longest = max(lengths)
-    return PackedRows(
-        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+    padded = list(padded_lengths or lengths)
+    ends, padded_ends = (
+        torch.tensor([0, *x]).cumsum(0).to(dtype=torch.int32, device=device) for x in (lengths, padded)
     )
+    longest = max(padded)
+    row = PackedRows(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        share=share,
+    )
+    if padded != list(lengths):
+        row.cu_seqlens_q_padded = row.cu_seqlens_kv_padded = padded_ends
+    return row
 
 
 class RMSNorm(torch.nn.Module):
@@ -133,6 +206,9 @@ class CausalAttention(MegatronModule):
     A packed row is unpacked into right-padded sequences, so no mask is needed and no token can see another
     sequence. Rotary embedding happens here for packed rows (the model passes none to the layers): Megatron's own
     walks over the sequences in Python, in every layer.
+
+    Under context parallelism keys and values are gathered over the ranks and each sequence is masked by position:
+    exact, made for checking layouts, not for long rows.
     """
 
     def __init__(
@@ -142,10 +218,12 @@ class CausalAttention(MegatronModule):
         attn_mask_type: Any,
         attention_type: str,
         softmax_scale: float | None = None,
+        pg_collection: Any = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or 1)
+        self.context = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -162,9 +240,12 @@ class CausalAttention(MegatronModule):
         if packed_seq_params is None:
             out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
             return out.permute(2, 0, 1, 3).flatten(2)
-        padding = packed_seq_params.padding
+        if self.context is not None:
+            return self._over_ranks(query, key, value, packed_seq_params, self.context)
+        padding, rotary = packed_seq_params.padding, packed_seq_params.rotary
+        assert rotary is not None, "the model has not said how to rotate this row"
         q_Phd, k_Phd, v_Phd = (_Pad.apply(x, padding) for x in (query, key, value))
-        q_Phd, k_Phd = (_rotate(x, padding.cos_PD, padding.sin_PD) for x in (q_Phd, k_Phd))
+        q_Phd, k_Phd = (_rotate(x, *rotary) for x in (q_Phd, k_Phd))
         sizes = [n * width for n, width in padding.blocks]
         out, split = [], zip(*(x.split(sizes) for x in (q_Phd, k_Phd, v_Phd)), strict=True)
         for block, qkv in zip(padding.blocks, split, strict=True):
@@ -172,10 +253,31 @@ class CausalAttention(MegatronModule):
             out.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
         return _Unpad.apply(out[0] if len(out) == 1 else torch.cat(out), padding)  # pyright: ignore
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """``[n, h, s, d]`` each, keys and values with fewer heads under grouped queries."""
+    def _over_ranks(
+        self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, context: dist.ProcessGroup
+    ) -> Tensor:
+        """``[T, h, d]`` of this rank's tokens -> ``[T, h * d]``."""
+        zigzag, rotary = rows.zigzag, rows.rotary
+        assert rotary is not None, "the model has not said how to rotate this row"
+        q_Thd, k_Thd = (_rotate(x, *rotary) for x in (query, key))
+        k_Shd, v_Shd = (
+            _GatherTokens.apply(x, context).index_select(0, zigzag.order_S)  # pyright: ignore
+            for x in (k_Thd, value)
+        )
+        out = []
+        for mine, whole in zigzag.sequences:
+            position_Q = zigzag.position_T[mine]
+            sees_QS = position_Q[:, None] >= torch.arange(whole.stop - whole.start, device=position_Q.device)
+            q, k, v = (x.transpose(0, 1)[None] for x in (q_Thd[mine], k_Shd[whole], v_Shd[whole]))
+            out.append(self._attend(q, k, v, sees_QS)[0].transpose(0, 1).flatten(1))
+        return torch.cat(out)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, sees: Tensor | None = None) -> Tensor:
+        """``[n, h, s, d]`` each, keys and values with fewer heads under grouped queries; causal, or as in ``sees``."""
         grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=sees, is_causal=sees is None, scale=self.scale, enable_gqa=grouped
+        )
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Nothing to save: attention has no weights."""

@@ -119,12 +119,22 @@ class Targets:
             factors_N = credit.confidence_factors(rows(teacher.entropies), config.teacher_confidence_beta)
             targets = replace(targets, weights_T=targets.weights_T * factors_N)
         if config.credit == "sequence":
-            old_N, teacher_NK = targets.old_log_probs_T, targets.teacher_log_probs_TK
-            assert old_N is not None and teacher_NK is not None
-            tokens_N = credit.sampled_advantages(old_N, teacher_NK[:, 0], config.advantage_bounds)
-            means_N = credit.sequence_advantages(tokens_N, micro_batch.response_lengths)
+            means_N = micro_batch.join(self._means(micro_batch, student, teacher), self.none())
             targets = replace(targets, teacher_advantages_T=means_N)
         return targets
+
+    def _means(self, micro_batch: MicroBatch, student: StudentScores, teacher: TeacherScores) -> dict[int, Tensor]:
+        """Of each response the mean advantage of its tokens, ``[R]``; zeros where the teacher says nothing."""
+        means: dict[int, Tensor] = {}
+        for i in micro_batch.samples:
+            old_R = student.old_log_probs[i]
+            if i in teacher.log_probs:
+                bounds = self.config.objective.advantage_bounds
+                tokens_R = credit.sampled_advantages(old_R, teacher.log_probs[i][:, 0], bounds)
+                means[i] = credit.sequence_advantages(tokens_R, [len(tokens_R)])
+            else:
+                means[i] = torch.zeros_like(old_R)
+        return means
 
     def support_ids(self, micro_batch: MicroBatch, student: StudentScores) -> Tensor:
         return micro_batch.join(student.support_ids, self.none(self.config.objective.kept_tokens, dtype=torch.int64))

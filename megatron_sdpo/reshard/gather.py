@@ -13,19 +13,19 @@ from megatron_sdpo.reshard.plan import Bucket
 
 
 def is_sender(groups: ParallelGroups) -> bool:
-    """One rank a stage sends: tensor rank 0 of the first copy of the model."""
-    return groups.tensor_rank == 0 and groups.data_rank == 0
+    """One rank of each pipeline rank sends: tensor rank 0 of the first copy of the model."""
+    return groups.tensor_rank == 0 and groups.holds_first_copy
 
 
 def gather(
     bucket: Bucket, own: Mapping[str, Tensor], hf_config: Mapping[str, Any], groups: ParallelGroups
 ) -> list[tuple[str, Tensor]]:
-    """(name, tensor) pairs on the bucket's sender, [] elsewhere; every tensor rank of the stage must call it.
+    """(name, tensor) pairs on the bucket's sender, [] elsewhere; every tensor rank of the pipeline rank must call it.
 
-    ``own`` are the stage's local parameters by name. One collective a bucket: the slices of all its parameters
-    travel as one contiguous buffer (gloo silently corrupts non-contiguous ones).
+    ``own`` are the rank's parameters (``hf.canonical_parameters``). One collective a bucket: the slices of all its
+    parameters travel as one contiguous buffer (gloo silently corrupts non-contiguous ones).
     """
-    if groups.pipeline_rank != bucket.stage or groups.data_rank != 0:
+    if groups.pipeline_rank != bucket.rank or not groups.holds_first_copy:
         return []
     cut = [parameter for parameter in bucket.parameters if parameter.cut]
     ranks = _gather_flat([own[parameter.local] for parameter in cut], groups)

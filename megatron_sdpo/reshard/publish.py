@@ -50,7 +50,7 @@ class Version:
 class Publisher:
     """One per trainer rank; all ranks call ``publish`` together.
 
-    ``own`` gives the stage's parameters under canonical local names; ``probe_log_probs`` the trainer's log-probs of
+    ``own`` gives the rank's parameters under canonical local names; ``probe_log_probs`` the trainer's log-probs of
     the probe (on every rank). Engines are controlled by the senders alone. A sender holds its stage's tensors on the
     host once, for the way back, and while it publishes once more.
     """
@@ -68,7 +68,7 @@ class Publisher:
         self.config, self.hf_config, self.groups, self.own = config, hf_config, groups, own
         self.engines, self.host, self.probe_log_probs = list(engines), host, probe_log_probs
         element_bytes = next(iter(own.values())).element_size()
-        self.buckets = plan(hf_config, groups.pipeline_size, element_bytes, config.bucket_bytes)
+        self.buckets = plan(hf_config, groups.pipeline_size, element_bytes, config.bucket_bytes, groups.virtual_size)
         self.probe = probe_ids(hf_config["vocab_size"], config.probe_tokens)
         self.transport: StageTransport | None = None
         self.served: Version | None = None
