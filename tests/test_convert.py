@@ -250,6 +250,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """1.3 GB of weights in three files, there and back; the largest parameters have 34 MB."""
     source, run = tmp_path / "source", tmp_path / "run"
