@@ -116,7 +116,9 @@ def train(
         metrics_log.log(learner.step, {**batch.metrics, **stats, **synced, **evaluated, **seconds})
         seconds = {}
         with phase("checkpoint", seconds):  # after the row: a resumed run has the row of every step that it skips
-            checkpoints.save_if_due(batch.cursor)
+            written = checkpoints.save_if_due(batch.cursor)
+        seconds |= written
+    checkpoints.finish()
 
 
 def _evaluate(config: Config, source: BatchSource, learner: "Learner") -> dict[str, float]:

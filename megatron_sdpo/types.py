@@ -195,9 +195,15 @@ class BatchSource(Protocol):
 
 
 class Checkpoints(Protocol):
-    """Writes the trainer's state when it is time to (loop.py)."""
+    """Writes the trainer's state when it is time to, beside training (loop.py)."""
 
-    def save_if_due(self, cursor: int) -> None: ...
+    def save_if_due(self, cursor: int) -> dict[str, float]:
+        """After every step; what was measured of a checkpoint that has become complete since."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until what is being written is complete."""
+        ...
 
 
 class MetricsLog(Protocol):

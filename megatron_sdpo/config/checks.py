@@ -13,7 +13,13 @@ _AT_LEAST = {
         *("engine.count", "engine.tensor_parallel", "engine.max_running_requests", "engine.max_total_tokens"),
         *("rollout.prompts_per_step", "rollout.attempts_per_prompt", "rollout.max_new_tokens"),
         *("rollout.verify_workers", "teacher_context.max_prompt_tokens"),
-        *("checkpoint.every", "checkpoint.keep", "evaluation.attempts", "evaluation.questions"),
+        *(
+            "checkpoint.every",
+            "checkpoint.keep",
+            "checkpoint.keep_every",
+            "evaluation.attempts",
+            "evaluation.questions",
+        ),
         *("guard.reward_window", "guard.accuracy_window"),
         *("discovery.questions", "discovery.seeds", "discovery.budget", "discovery.best_of_k_samples"),
     ),
@@ -69,6 +75,12 @@ def check(config: Config) -> None:
         )
     if engine.port + engine.count > 65535:
         raise ConfigError(f"engine.port is {engine.port}; it and the {engine.count} after it must be below 65536")
+    checkpoint = config.checkpoint
+    if checkpoint.keep_every is not None and checkpoint.keep_every % checkpoint.every:
+        raise ConfigError(
+            f"checkpoint.keep_every {checkpoint.keep_every} is not a multiple of checkpoint.every {checkpoint.every},"
+            f" so hardly any checkpoint would be kept; set it to {checkpoint.every} or a multiple"
+        )
     if engine.max_total_tokens is not None and engine.max_total_tokens < config.model.max_length:
         raise ConfigError(
             f"engine.max_total_tokens {engine.max_total_tokens} cannot hold one sequence of model.max_length"

@@ -262,6 +262,11 @@ class CheckpointConfig:
     every: int = 10
     """Steps between checkpoints; the last step always has one."""
     keep: int = 2
+    """How many of the newest are kept."""
+    keep_every: int | None = None
+    """Those of steps that are multiples of this are kept for good; a multiple of ``every``. None keeps no others."""
+    asynchronous: bool = True
+    """Training goes on while a checkpoint is written; changes no result."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

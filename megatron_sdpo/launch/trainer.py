@@ -20,6 +20,7 @@ from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.reshard.publish import Publisher
 from megatron_sdpo.rollout.control import EngineControl
 from megatron_sdpo.rollout.fleet import read_engines
+from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.rollout.wire import Argument, CoordinatorClient, Kind
 from megatron_sdpo.tracking import Tracker
 from megatron_sdpo.types import Batch, Evaluation, encode
@@ -55,15 +56,27 @@ class SharedSource(SharedCoordinator):
 
 
 class DueCheckpoints:
-    """Saves every ``checkpoint.every`` steps and after the last."""
+    """Saves every ``checkpoint.every`` steps and after the last (types.Checkpoints); all ranks call in step.
 
-    def __init__(self, config: Config, learner: Learner, folder: Path) -> None:
-        self._config, self._learner, self._folder = config, learner, folder
+    ``time/checkpoint_background`` is how long writing took beside training, in the row of the step in which the
+    checkpoint got its name.
+    """
 
-    def save_if_due(self, cursor: int) -> None:
+    def __init__(self, config: Config, learner: Learner, run_dir: RunDir) -> None:
+        self._config, self._learner = config, learner
+        self._saver = checkpoint.Saver(learner, run_dir.checkpoints, config.checkpoint)
+        self._journal = Journal(run_dir.attempts)
+
+    def save_if_due(self, cursor: int) -> dict[str, float]:
         step, every = self._learner.step, self._config.checkpoint.every
-        if step % every == 0 or step == self._config.steps:
-            checkpoint.save(self._learner, self._folder, cursor, self._config.checkpoint.keep)
+        due = step % every == 0 or step == self._config.steps
+        seconds = self._saver.poll(wait=due)
+        if due:
+            self._saver.begin(cursor, self._journal.counts(step - 1) if self._learner.groups.rank == 0 else {})
+        return {} if seconds is None else {"time/checkpoint_background": seconds}
+
+    def finish(self) -> None:
+        self._saver.poll(wait=True)
 
 
 def run(run_dir: RunDir) -> None:
@@ -76,23 +89,31 @@ def run(run_dir: RunDir) -> None:
     tracker.truncate_after(learner.step if resumed else -1)
     client = connect(run_dir, config, token, groups)
     if resumed and groups.rank == 0:
-        print(f"resumed from the checkpoint of step {resumed.step}", flush=True)
+        print("\n".join(resumed_words(resumed, Journal(run_dir.attempts))), flush=True)
     publisher = publisher_for(learner, run_dir, config, token)
+    checkpoints = DueCheckpoints(config, learner, run_dir)
     try:
-        train(
-            config,
-            SharedSource(client, groups),
-            learner,
-            publisher,
-            DueCheckpoints(config, learner, run_dir.checkpoints),
-            tracker,
-        )
-    except NonFiniteError as failure:
+        train(config, SharedSource(client, groups), learner, publisher, checkpoints, tracker)
+    except NonFiniteError as failure:  # on all ranks
+        checkpoints.finish()
         raise kept(failure, run_dir, groups) from failure
     save_hf(learner.model, run_dir.exported, groups, config.layout, config.model.path)
     publisher.close()
     tracker.close()
     parallel.shutdown()
+
+
+def resumed_words(resumed: checkpoint.Resumed, journal: Journal) -> list[str]:
+    """What a run that goes on should know, a line each."""
+    lines = [f"a damaged checkpoint was set aside: {sentence}" for sentence in resumed.refused]
+    now = journal.counts(resumed.step - 1)
+    for step, count in resumed.journal.items():
+        if now.get(step, 0) < count:
+            what = "trained on already" if step < resumed.step else "to be sampled again"
+            lines.append(f"the journal of step {step} has lost {count - now.get(step, 0)} of {count} groups ({what})")
+    ahead = {step: count for step, count in now.items() if step >= resumed.step}
+    words = f"; journalled ahead of it: {sum(ahead.values())} groups of {len(ahead)} steps" if ahead else ""
+    return [*lines, f"resumed from the checkpoint of step {resumed.step}{words}"]
 
 
 def connect(run_dir: RunDir, config: Config, token: str, groups: ParallelGroups) -> CoordinatorClient | None:

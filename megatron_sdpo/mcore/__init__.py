@@ -1,13 +1,16 @@
 """The only importer of megatron.core: the model, its process groups, its weights.
 
-===============  ==========================================================================
-platform.py      Megatron's spelled-out "cuda" redirected to the CPU where there is no GPU
-groups.py        process groups of a layout, as a frozen record that travels as an argument
-modules.py       packed rows, and the CPU layer modules: RMSNorm, rotary and causal attention
-model.py         Hugging Face config -> Megatron config -> one pipeline stage of the model
-names.py         pure: Hugging Face names <-> Megatron parameters and their shards; no megatron
-hf.py            Hugging Face checkpoints into the local shard, and back to disk
-===============  ==========================================================================
+==================  ==========================================================================
+platform.py         Megatron's spelled-out "cuda" redirected to the CPU where there is no GPU
+groups.py           process groups of a layout, as a frozen record that travels as an argument
+modules.py          packed rows, and the CPU layer modules: RMSNorm, rotary and causal attention
+model.py            Hugging Face config -> Megatron config -> one pipeline stage of the model
+names.py            pure: Hugging Face names <-> Megatron parameters and their shards; no megatron
+hf.py               Hugging Face checkpoints into the local shard, and back to disk
+checkpoint.py       everything that training depends on: saved, verified, found again
+background_save.py  the files of one save, written beside training
+manifest.py         pure: which files a checkpoint has, and their digests; no torch
+==================  ==========================================================================
 
 The redirection happens here, before any submodule can import megatron.
 """
