@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -94,6 +95,7 @@ class Save:
 
 def _answer_with(write: Callable[[], Written], answer: Connection, parent: int) -> None:
     lifeline.end_with(parent)
+    torch.set_num_threads(1)  # the threads of the other process do not exist here
     gc.disable()  # what the other process holds on a GPU must not be freed here
     try:
         answer.send(write())

@@ -78,9 +78,13 @@ class Saver:
         """Start to write ``step-N``; the learner may go on training when this returns.
 
         One that is still being written is waited for first. Without ``checkpoint.asynchronous`` this one is, too.
+        ``journal`` is what the first rank knows of it.
         """
         self.poll(wait=True)
-        learner, journal = self._learner, dict(journal or {})
+        learner = self._learner
+        box: list[Any] = [dict(journal or {})]
+        dist.broadcast_object_list(box, src=0, group=learner.groups.world)
+        journal = box[0]
         temporary = self._final(learner.step, _TEMPORARY)
 
         def prepare() -> None:
