@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Preflight, all roles, report."""
+    if arguments.deterministic:
+        arguments.overrides = [*arguments.overrides, "deterministic=true"]
     config = _config(arguments)
     check_run(config)
     RunDir(Path(config.run_dir)).check_kind(discovery=False)
@@ -209,6 +211,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_configuration_help(),
     )
     _recipe_arguments(command)
+    command.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same numbers each time, also after a kill; slower (short for deterministic=true)",
+    )
     command.add_argument(
         "--dry-run", action="store_true", help="check everything, print the configuration, start nothing"
     )

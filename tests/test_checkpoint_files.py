@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sdpo.config import CheckpointConfig, ConfigError, LayoutConfig, apply_overrides, check
+from megatron_sdpo.config import CheckpointConfig, LayoutConfig
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.launch.trainer import DueCheckpoints, resumed_words
 from megatron_sdpo.mcore import checkpoint, manifest
@@ -193,12 +193,3 @@ def test_some_are_kept_for_good(folder: Path, groups: ParallelGroups, tmp_path: 
     assert resumed_words(resumed, Journal(run_dir.attempts))[0] == (
         "the journal of step 8 has lost 1 of 1 groups (trained on already)"
     )
-
-
-def test_a_number_that_would_keep_nothing_is_refused(folder: Path) -> None:
-    config = make_config(folder / "llama")
-    check(apply_overrides(config, ["checkpoint.keep_every=20"]))
-    with pytest.raises(ConfigError, match=r"checkpoint.keep_every 15 is not a multiple of checkpoint.every 10"):
-        check(apply_overrides(config, ["checkpoint.keep_every=15"]))
-    with pytest.raises(ConfigError, match=r"checkpoint.keep_every is 0; it must be at least 1"):
-        check(apply_overrides(config, ["checkpoint.keep_every=0"]))

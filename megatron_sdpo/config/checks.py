@@ -75,6 +75,11 @@ def check(config: Config) -> None:
         )
     if engine.port + engine.count > 65535:
         raise ConfigError(f"engine.port is {engine.port}; it and the {engine.count} after it must be below 65536")
+    if config.deterministic and config.rollout.max_staleness:
+        raise ConfigError(
+            f"rollout.max_staleness is {config.rollout.max_staleness}, so which weights an attempt comes from depends"
+            " on how fast things go; set rollout.max_staleness=0 or deterministic=false"
+        )
     checkpoint = config.checkpoint
     if checkpoint.keep_every is not None and checkpoint.keep_every % checkpoint.every:
         raise ConfigError(
@@ -177,6 +182,8 @@ def _check_guard(config: Config) -> None:
 def check_discovery(config: Config) -> None:
     """Refuse what ``discover`` cannot work with, besides what ``check`` refuses."""
     discovery, rollout = config.discovery, config.rollout
+    if config.deterministic:
+        raise ConfigError("trials are not sampled by seed; set deterministic=false")
     if not discovery.methods:
         raise ConfigError("discovery.methods is empty; name one or more of best_of_k, multi_turn, sdpo")
     if len(set(discovery.methods)) < len(discovery.methods):

@@ -319,6 +319,9 @@ class Config:
     steps: int
     """Generation batches; ``discover`` sets it to those of one trial, budget / rollout.attempts_per_prompt."""
     seed: int = 0
+    deterministic: bool = False
+    """The same command gives the same run to the bit, killed and resumed or not, under one layout on one kind of
+    machine. Engines are slower; on a CPU they answer one request at a time."""
     model: ModelConfig
     task: TaskConfig
     layout: LayoutConfig = LayoutConfig()
@@ -334,3 +337,8 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
     discovery: DiscoveryConfig = DiscoveryConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def sampling_seed(self) -> int | None:
+        """From which every attempt's own seed follows; None leaves the draws to the engines."""
+        return self.seed if self.deterministic else None

@@ -18,6 +18,12 @@ from megatron_sdpo.rollout import lifeline
 from megatron_sdpo.rollout.fleet import GRACE_S, Fleet, log_tail
 
 POLL_S = 0.2
+GPU_DETERMINISM = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NCCL_ALGO": "Ring",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+}
+"""What the libraries want to be told before a trainer starts; not yet run on a GPU."""
 
 
 class RoleDied(RuntimeError):
@@ -120,6 +126,8 @@ def environment(config: Config) -> dict[str, str]:
     }
     if config.engine.host in ("127.0.0.1", "localhost"):
         own["GLOO_SOCKET_IFNAME"] = "lo"
+    if config.deterministic:
+        own |= GPU_DETERMINISM
     return {"OMP_NUM_THREADS": "1"} | dict(os.environ) | own
 
 

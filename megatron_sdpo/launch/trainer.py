@@ -1,9 +1,12 @@
 """A trainer rank's process: ``torchrun ... -m megatron_sdpo.launch.trainer RUN_DIR``."""
 
+import random
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+import torch
 import torch.distributed as dist
 
 from megatron_sdpo import config as configuration
@@ -82,6 +85,9 @@ class DueCheckpoints:
 def run(run_dir: RunDir) -> None:
     """Build the parts, resume, train, export."""
     config, token = configuration.load(run_dir.config), run_dir.token()
+    random.seed(config.seed)  # nobody is known to draw from these two, but a checkpoint keeps them
+    np.random.seed(config.seed)
+    torch.use_deterministic_algorithms(config.deterministic)
     groups = parallel.initialize(config.layout, config.seed, COLLECTIVE_TIMEOUT_S)
     learner = Learner(config, groups)
     resumed = checkpoint.load_latest(learner, run_dir.checkpoints)
