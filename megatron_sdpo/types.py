@@ -194,6 +194,16 @@ class BatchSource(Protocol):
     def published(self, version: int) -> None: ...
 
 
+class WeightsPublisher(Protocol):
+    """Takes the learner's weights to where attempts are sampled (loop.py); reshard.publish.Publisher."""
+
+    def publish(self, version: int) -> dict[str, float]:
+        """All ranks call this; what was measured."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class Checkpoints(Protocol):
     """Writes the trainer's state when it is time to, beside training (loop.py)."""
 

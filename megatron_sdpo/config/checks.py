@@ -2,7 +2,7 @@
 
 from operator import attrgetter
 
-from megatron_sdpo.config.tree import Config, ConfigError, ObjectiveConfig, TeacherContextConfig
+from megatron_sdpo.config.tree import Config, ConfigError, DebugConfig, ObjectiveConfig, TeacherContextConfig
 
 _AT_LEAST = {
     2: ("publish.probe_tokens",),
@@ -80,6 +80,10 @@ def check(config: Config) -> None:
             f"rollout.max_staleness is {config.rollout.max_staleness}, so which weights an attempt comes from depends"
             " on how fast things go; set rollout.max_staleness=0 or deterministic=false"
         )
+    if config.debug.from_journal is not None and config.debug.rollout_only:
+        raise ConfigError("debug.from_journal and debug.rollout_only leave nothing to do; set one of them")
+    if (config.debug.from_journal is not None or config.debug.rollout_only) and config.evaluation.every:
+        raise ConfigError("half of a run evaluates nothing; set evaluation.every=0")
     checkpoint = config.checkpoint
     if checkpoint.keep_every is not None and checkpoint.keep_every % checkpoint.every:
         raise ConfigError(
@@ -184,6 +188,8 @@ def check_discovery(config: Config) -> None:
     discovery, rollout = config.discovery, config.rollout
     if config.deterministic:
         raise ConfigError("trials are not sampled by seed; set deterministic=false")
+    if config.debug != DebugConfig():
+        raise ConfigError("debug.from_journal and debug.rollout_only are for train; leave them out")
     if not discovery.methods:
         raise ConfigError("discovery.methods is empty; name one or more of best_of_k, multi_turn, sdpo")
     if len(set(discovery.methods)) < len(discovery.methods):

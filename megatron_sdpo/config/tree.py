@@ -310,6 +310,16 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DebugConfig:
+    """A part of a run by itself."""
+
+    from_journal: str | None = None
+    """Train on the groups of this folder (the attempts/ of another run), in order, without engines."""
+    rollout_only: bool = False
+    """Journal the attempts of all steps, by the weights of model.path, without a trainer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """A whole run."""
 
@@ -337,6 +347,7 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
     discovery: DiscoveryConfig = DiscoveryConfig()
     tracking: TrackingConfig = TrackingConfig()
+    debug: DebugConfig = DebugConfig()
 
     @property
     def sampling_seed(self) -> int | None:

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_sdpo import config as configuration
+from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config
 from megatron_sdpo.launch.role import play
 from megatron_sdpo.launch.run_dir import RunDir, wait_for
-from megatron_sdpo.loop import train
+from megatron_sdpo.loop import as_batch, train
 from megatron_sdpo.mcore import checkpoint
 from megatron_sdpo.mcore import groups as parallel
 from megatron_sdpo.mcore.finite import NonFiniteError
@@ -26,7 +27,7 @@ from megatron_sdpo.rollout.fleet import read_engines
 from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.rollout.wire import Argument, CoordinatorClient, Kind
 from megatron_sdpo.tracking import Tracker
-from megatron_sdpo.types import Batch, Evaluation, encode
+from megatron_sdpo.types import Batch, BatchSource, Evaluation, WeightsPublisher, encode
 
 COLLECTIVE_TIMEOUT_S = 7200.0
 """Ranks wait in a collective while rank 0 waits for generation, which may take long."""
@@ -56,6 +57,34 @@ class SharedSource(SharedCoordinator):
 
     def published(self, version: int) -> None:
         self._ask("published", version, type(None))
+
+
+class JournalSource:
+    """The batches that another run has journalled (types.BatchSource); every rank makes them for itself."""
+
+    def __init__(self, config: Config, journal: Journal) -> None:
+        self._config, self._journal, self._tokens = config, journal, Chat(config.model.path)
+
+    def batch(self, step: int) -> Batch:
+        groups = self._journal.groups(step)
+        cursor = (step + 1) * self._config.rollout.prompts_per_step
+        return as_batch(step, [groups[slot] for slot in sorted(groups)], self._config, self._tokens, {}, cursor)
+
+    def evaluate(self, version: int) -> Evaluation:
+        raise RuntimeError("a journal cannot be evaluated")
+
+    def published(self, version: int) -> None:
+        pass
+
+
+class NoEngines:
+    """Where there is nobody to send weights to (types.WeightsPublisher)."""
+
+    def publish(self, version: int) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        pass
 
 
 class DueCheckpoints:
@@ -93,13 +122,12 @@ def run(run_dir: RunDir) -> None:
     resumed = checkpoint.load_latest(learner, run_dir.checkpoints)
     tracker = Tracker(config, run_dir.path, is_writer=groups.rank == 0)
     tracker.truncate_after(learner.step if resumed else -1)
-    client = connect(run_dir, config, token, groups)
+    source, publisher = _around(learner, run_dir, config, token)
     if resumed and groups.rank == 0:
         print("\n".join(resumed_words(resumed, Journal(run_dir.attempts))), flush=True)
-    publisher = publisher_for(learner, run_dir, config, token)
     checkpoints = DueCheckpoints(config, learner, run_dir)
     try:
-        train(config, SharedSource(client, groups), learner, publisher, checkpoints, tracker)
+        train(config, source, learner, publisher, checkpoints, tracker)
     except NonFiniteError as failure:  # on all ranks
         checkpoints.finish()
         raise kept(failure, run_dir, groups) from failure
@@ -107,6 +135,14 @@ def run(run_dir: RunDir) -> None:
     publisher.close()
     tracker.close()
     parallel.shutdown()
+
+
+def _around(learner: Learner, run_dir: RunDir, config: Config, token: str) -> tuple[BatchSource, WeightsPublisher]:
+    """Where batches come from and weights go to."""
+    if config.debug.from_journal is not None:
+        return JournalSource(config, Journal(Path(config.debug.from_journal))), NoEngines()
+    client = connect(run_dir, config, token, learner.groups)
+    return SharedSource(client, learner.groups), publisher_for(learner, run_dir, config, token)
 
 
 def resumed_words(resumed: checkpoint.Resumed, journal: Journal) -> list[str]:
@@ -127,9 +163,7 @@ def connect(run_dir: RunDir, config: Config, token: str, groups: ParallelGroups)
     client = None
     if groups.rank == 0:
         # The coordinator listens once the engines serve, so all addresses are there then.
-        url = wait_for(
-            lambda: _read(run_dir.addresses / "coordinator"), "the coordinator", config.engine.start_timeout_s
-        )
+        url = wait_for(run_dir.coordinator_address, "the coordinator", config.engine.start_timeout_s)
         client = CoordinatorClient(url, token)
     dist.barrier(group=groups.world)
     return client
@@ -157,13 +191,6 @@ def kept(failure: NonFiniteError, run_dir: RunDir, groups: ParallelGroups) -> No
         path.write_bytes(encode(failure.batch))
     dist.barrier(group=groups.world)  # the first rank to end takes the others with it
     return NonFiniteError(f"{failure}; the batch is in {path}", failure.batch)
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        return None
 
 
 if __name__ == "__main__":  # checkpoint writers start a process which imports this module again
