@@ -60,6 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Preflight, all roles, report."""
+    if arguments.deterministic:
+        arguments.overrides = [*arguments.overrides, "deterministic=true"]
+    if arguments.from_journal is not None:
+        below = arguments.from_journal / "attempts"
+        journal = below if below.is_dir() else arguments.from_journal
+        arguments.overrides = [*arguments.overrides, f"debug.from_journal={journal}", "evaluation.every=0"]
+    if arguments.rollout_only:
+        arguments.overrides = [*arguments.overrides, "debug.rollout_only=true", "evaluation.every=0"]
     config = _config(arguments)
     check_run(config)
     RunDir(Path(config.run_dir)).check_kind(discovery=False)
@@ -79,9 +87,11 @@ def train(arguments: argparse.Namespace) -> None:
     if scores:
         print(f"held-out accuracy: {scores[0]:.1%} before, {scores[-1]:.1%} after")
     print(f"finished in {time.perf_counter() - began:.0f} s")
-    print(
-        f"report  {report}\ncurve   {report.with_name('curve.png')}\nmodel   {run_dir.exported} (Hugging Face format)"
-    )
+    print(f"report  {report}\ncurve   {report.with_name('curve.png')}")
+    if config.debug.rollout_only:
+        print(f"journal {run_dir.attempts}")
+    else:
+        print(f"model   {run_dir.exported} (Hugging Face format)")
 
 
 def discover(arguments: argparse.Namespace) -> None:
@@ -228,6 +238,22 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_configuration_help(),
     )
     _recipe_arguments(command)
+    command.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same numbers each time, also after a kill; slower (short for deterministic=true)",
+    )
+    command.add_argument(
+        "--from-journal",
+        type=Path,
+        metavar="DIR",
+        help="without engines, on the attempts that the run in DIR has journalled (short for debug.from_journal=)",
+    )
+    command.add_argument(
+        "--rollout-only",
+        action="store_true",
+        help="without a trainer: journal the attempts of all steps (short for debug.rollout_only=true)",
+    )
     command.add_argument(
         "--dry-run", action="store_true", help="check everything, print the configuration, start nothing"
     )

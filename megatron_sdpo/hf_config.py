@@ -184,6 +184,7 @@ def check_model(config: Config, model: dict[str, Any]) -> None:
             f"{pieces} does not divide the model's {model['num_hidden_layers']} layers;"
             f" set a divisor of {model['num_hidden_layers']}"
         )
+    _check_experts_layout(config, model)
     objective = config.objective
     keeps_tokens = objective.has_teacher and objective.support == "top_k"
     if keeps_tokens and objective.kept_tokens >= model["vocab_size"]:
@@ -194,4 +195,21 @@ def check_model(config: Config, model: dict[str, Any]) -> None:
         raise ConfigError(
             f"model.max_length {config.model.max_length} is beyond the model's {model['max_position_embeddings']}"
             " positions; lower it"
+        )
+
+
+def _check_experts_layout(config: Config, model: dict[str, Any]) -> None:
+    """Refuse layouts under which a mixture of experts was never compared with one process."""
+    layout = config.layout
+    untried = {
+        "sequence_parallel": layout.sequence_parallel,
+        "distributed_optimizer": layout.distributed_optimizer,
+        "context_parallel": layout.context_parallel > 1,
+        "virtual_pipeline": layout.virtual_pipeline > 1,
+    }
+    asked = [f"layout.{name}" for name, is_asked in untried.items() if is_asked]
+    if "num_experts" in model and asked:
+        raise ConfigError(
+            f"{' and '.join(asked)} cannot be had with a mixture of experts yet; use tensor, pipeline and plain data"
+            " parallelism"
         )

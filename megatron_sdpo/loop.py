@@ -29,11 +29,10 @@ from megatron_sdpo.rollout.journal import Journal, JournalError
 from megatron_sdpo.rollout.prompts import PromptStream
 from megatron_sdpo.rollout.sampler import Asked, Sampler
 from megatron_sdpo.teacher_context import build_contexts
-from megatron_sdpo.types import Batch, BatchSource, Checkpoints, Group, MetricsLog, Question, Sample
+from megatron_sdpo.types import Batch, BatchSource, Checkpoints, Group, MetricsLog, Question, Sample, WeightsPublisher
 
 if TYPE_CHECKING:  # the coordinator runs make_batch without torch
     from megatron_sdpo.mcore.learner import Learner
-    from megatron_sdpo.reshard.publish import Publisher
 
 
 async def make_batch(
@@ -88,7 +87,7 @@ def train(
     config: Config,
     source: BatchSource,
     learner: "Learner",
-    publisher: "Publisher",
+    publisher: WeightsPublisher,
     checkpoints: Checkpoints,
     metrics_log: MetricsLog,
 ) -> None:
@@ -116,7 +115,9 @@ def train(
         metrics_log.log(learner.step, {**batch.metrics, **stats, **synced, **evaluated, **seconds})
         seconds = {}
         with phase("checkpoint", seconds):  # after the row: a resumed run has the row of every step that it skips
-            checkpoints.save_if_due(batch.cursor)
+            written = checkpoints.save_if_due(batch.cursor)
+        seconds |= written
+    checkpoints.finish()
 
 
 def _evaluate(config: Config, source: BatchSource, learner: "Learner") -> dict[str, float]:

@@ -194,10 +194,26 @@ class BatchSource(Protocol):
     def published(self, version: int) -> None: ...
 
 
-class Checkpoints(Protocol):
-    """Writes the trainer's state when it is time to (loop.py)."""
+class WeightsPublisher(Protocol):
+    """Takes the learner's weights to where attempts are sampled (loop.py); reshard.publish.Publisher."""
 
-    def save_if_due(self, cursor: int) -> None: ...
+    def publish(self, version: int) -> dict[str, float]:
+        """All ranks call this; what was measured."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Checkpoints(Protocol):
+    """Writes the trainer's state when it is time to, beside training (loop.py)."""
+
+    def save_if_due(self, cursor: int) -> dict[str, float]:
+        """After every step; what was measured of a checkpoint that has become complete since."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until what is being written is complete."""
+        ...
 
 
 class MetricsLog(Protocol):

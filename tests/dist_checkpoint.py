@@ -6,7 +6,9 @@ Alone, ``killed FOLDER MODEL POINT`` continues a run and kills itself at a point
 """
 
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_sdpo.config import LayoutConfig
+from megatron_sdpo.config import CheckpointConfig, LayoutConfig
 from megatron_sdpo.mcore import checkpoint
 from megatron_sdpo.mcore import optimizer as optim
 from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
@@ -42,6 +44,8 @@ CHANGES = (
     *(("divided", "tp2"), ("divided", "pp2vp2-do")),
 )
 """(run, layout under which it continues)."""
+JOURNAL = {1: 3, 2: 1}
+RESUMED = checkpoint.Resumed(step=2, cursor=6, journal=JOURNAL)
 
 
 def state_of(learner: Learner) -> dict[str, Any]:
@@ -81,10 +85,13 @@ def straight(folder: Path, run: str) -> None:
         learn(learner, make_batch(step))
         learner.evaluated(accuracy)
     torch.rand(3 + groups.rank)
-    checkpoint.save(learner, folder / run / "checkpoints", cursor=6, keep=2)
+    (folder / run).mkdir(exist_ok=True)
     torch.save(state_of(learner), folder / run / f"saved-{groups.rank}.pt")
     save_hf(learner.model, folder / run / "hf", groups, layout, folder / RUNS[run][1])
+    saver = checkpoint.Saver(learner, folder / run / "checkpoints", CheckpointConfig())
+    saver.begin(cursor=6, journal=JOURNAL)
     metrics = [learn(learner, make_batch(step)) for step in (2, 3)]
+    saver.poll(wait=True)
     torch.save(state_of(learner), folder / run / f"end-{groups.rank}.pt")
     (folder / run / "metrics.json").write_text(json.dumps(metrics))
 
@@ -93,8 +100,7 @@ def resumed(folder: Path, run: str) -> None:
     layout = parse(RUNS[run][0])
     groups = initialize(layout, seed=2, timeout_s=60)
     learner = run_learner(folder, run, groups, layout, taught=False)
-    progress = checkpoint.load_latest(learner, folder / run / "checkpoints")
-    assert progress == checkpoint.Resumed(step=2, cursor=6)
+    assert checkpoint.load_latest(learner, folder / run / "checkpoints") == RESUMED
     saved, end = (torch.load(folder / run / f"{name}-{groups.rank}.pt") for name in ("saved", "end"))
     assert differences(state_of(learner), saved) == []
     metrics = [learn(learner, make_batch(step)) for step in (2, 3)]
@@ -110,18 +116,66 @@ def changed(folder: Path, run: str, name: str) -> None:
 
 def continue_elsewhere(folder: Path, run: str, groups: ParallelGroups, layout: LayoutConfig, out: Path) -> None:
     learner = run_learner(folder, run, groups, layout, taught=False)
-    assert checkpoint.load_latest(learner, folder / run / "checkpoints") == checkpoint.Resumed(step=2, cursor=6)
+    assert checkpoint.load_latest(learner, folder / run / "checkpoints") == RESUMED
     save_hf(learner.model, out, groups, layout, folder / RUNS[run][1])
     metrics = [learn(learner, make_batch(step)) for step in (2, 3)]
     (out / "metrics.json").write_text(json.dumps(metrics))
 
 
+def disturbed(folder: Path, run: str) -> None:
+    """A damaged checkpoint, and a writer that is killed, are everybody's."""
+    groups = initialize(parse(RUNS[run][0]), seed=2, timeout_s=60)
+    checkpoints = folder / run / "disturbed"
+    if groups.rank == 0:
+        for step in (2, 3, 4):
+            shutil.copytree(folder / run / "checkpoints" / "step-00000002", checkpoints / f"step-{step:08d}")
+        flip(checkpoints / "step-00000003" / "__1_0.distcp")
+        (checkpoints / "step-00000004" / "__0_0.distcp").unlink()
+    dist.barrier()
+    learner = run_learner(folder, run, groups, parse(RUNS[run][0]), taught=False)
+    resumed = checkpoint.load_latest(learner, checkpoints)
+    assert resumed is not None and (resumed.step, resumed.cursor) == (2, 6)
+    assert [words.split("disturbed/")[1] for words in resumed.refused] == [
+        "step-00000004/__0_0.distcp is missing",
+        "step-00000003/__1_0.distcp is not as it was written (its digest is another)",
+    ]
+    left = ["step-00000002", "step-00000003.damaged", "step-00000004.damaged"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == left
+    saver = checkpoint.Saver(learner, checkpoints, CheckpointConfig())
+    learn(learner, make_batch(2))
+    saver.begin(cursor=9)
+    if groups.rank == 1:
+        (writer,) = multiprocessing.active_children()
+        os.kill(writer.pid or 0, signal.SIGKILL)
+    try:
+        saver.poll(wait=True)
+        raise AssertionError("a killed writer was not noticed")
+    except checkpoint.CheckpointError as error:
+        assert str(error) == "the checkpoint could not be written: rank 1: its writer ended with exit code -9"
+    assert checkpoint.steps(checkpoints) == [2]
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def killed(folder: Path, model: Path, point: str) -> None:
-    """``point``: "writing" (before the index of the files), "renaming", "deleting" (half way through an older one)."""
+    """``point``: "writing" (before the index of the files), "renaming", "deleting" (half way through an older one),
+    "background" (while a process beside this one writes).
+    """
     groups = initialize(LayoutConfig(), seed=0, timeout_s=60)
     learner = make_learner(make_config(model), groups)
     assert checkpoint.load_latest(learner, folder) is not None
     learn(learner, make_batch(1))
+    if point == "background":
+        checkpoint.Saver(learner, folder, CheckpointConfig()).begin(cursor=6)
+        (writer,) = multiprocessing.active_children()
+        os.kill(writer.pid or 0, signal.SIGSTOP)
+        (folder / "writer").write_text(str(writer.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(_kill_at(point))
     checkpoint.save(learner, folder, cursor=6, keep=1)
     raise AssertionError(f"the save ended without passing the point {point!r}")
@@ -151,6 +205,9 @@ def main() -> None:
     dist.init_process_group("gloo")
     for run in RUNS:
         {"straight": straight, "resumed": resumed}[mode](folder, run)
+        parallel_state.destroy_model_parallel()
+    if mode == "resumed":
+        disturbed(folder, "tp2")
         parallel_state.destroy_model_parallel()
     for run, layout in CHANGES if mode == "resumed" else ():
         changed(folder, run, layout)

@@ -28,6 +28,7 @@ class FakeEngine:
         self.respond = respond
         self.before: Callable[[Ids], Awaitable[None]] = _at_once
         self.asked: list[Ids] = []
+        self.seeds: list[int | None] = []
         self.version = 0
         self.log_prob: Callable[[int], object] = lambda place: -0.125 * place
         self.address = EngineAddress("fake", "", 1)
@@ -53,6 +54,7 @@ class FakeEngine:
         body = await request.json()
         prompt_ids = tuple(body["input_ids"][0])
         self.asked.append(prompt_ids)
+        self.seeds.append(body["sampling_params"].get("sampling_seed"))
         version = self.version
         await self.before(prompt_ids)
         return web.json_response(

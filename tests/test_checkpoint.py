@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,7 +25,7 @@ from tests.dist_checkpoint import CHANGES, RUNS, continue_elsewhere, differences
 from tests.launch import ROOT, run_ranks
 from tests.learner_setup import comparable, learn, make_batch, make_config, make_learner, write_models
 
-KILLED_AT = ("writing", "renaming", "deleting")
+KILLED_AT = ("writing", "renaming", "deleting", "background")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,13 @@ def test_a_killed_writer_leaves_the_newest_complete_checkpoint(
     assert (tmp_path / "renaming" / "step-00000002.writing" / "metadata.json").is_file()
     assert checkpoint.steps(tmp_path / "deleting") == [2]
     assert (tmp_path / "deleting" / "step-00000001.deleting").is_dir()
-    for point, step in zip(KILLED_AT, (1, 1, 2), strict=True):
+    writer = tmp_path / "background" / "writer"
+    psutil.wait_procs([p for p in psutil.process_iter() if p.pid == int(writer.read_text())], timeout=10)
+    assert not psutil.pid_exists(int(writer.read_text()))
+    writer.unlink()
+    assert checkpoint.steps(tmp_path / "background") == [1]
+    assert (tmp_path / "background" / "step-00000002.writing").is_dir()
+    for point, step in zip(KILLED_AT, (1, 1, 2, 1), strict=True):
         learner = _untaught(folder, groups)
         assert checkpoint.load_latest(learner, tmp_path / point) == checkpoint.Resumed(step, 3 * step)
         checkpoint.save(learner, tmp_path / point, cursor=3 * step, keep=1)  # over one that is there

@@ -104,6 +104,7 @@ def test_a_run_that_cannot_work_is_refused(tmp_path: Path, arguments: list[str],
         (["teacher_context.feedback=never"], "with teacher_context.feedback=never a trial learns nothing"),
         (["rollout.max_staleness=1"], "rollout.max_staleness is 1, but a trial trains on each group before"),
         (["--layout=tp3"], "layout.tensor_parallel 3 does not divide the model's 4 attention heads"),
+        (["deterministic=true"], "trials are not sampled by seed; set deterministic=false"),
     ],
 )
 def test_a_discovery_that_cannot_work_is_refused(tmp_path: Path, arguments: list[str], words: str) -> None:
@@ -321,12 +322,21 @@ def test_help_lists_every_key_with_type_and_default(tmp_path: Path) -> None:
 
 def test_dry_run_prints_what_a_run_would_save(tmp_path: Path) -> None:
     overrides = ["optim.lr=1e-3", "task.options.hint=false", "engine.max_total_tokens=none"]
-    done = run(tmp_path, "train", "minipipe", overrides[0], "--layout=tp2pp2dp2", "--dry-run", *overrides[1:])
+    done = run(
+        tmp_path,
+        "train",
+        "minipipe",
+        overrides[0],
+        "--layout=tp2pp2dp2",
+        "--dry-run",
+        "--deterministic",
+        *overrides[1:],
+    )
     assert (done.returncode, done.stderr) == (0, "")
     layout = ["layout.tensor_parallel=2", "layout.pipeline_parallel=2", "layout.world_size=8"]
     file = tmp_path / "config.json"
     file.write_text(done.stdout)
-    assert configuration.load(file) == apply_overrides(minipipe(), [*layout, *overrides])
+    assert configuration.load(file) == apply_overrides(minipipe(), [*layout, *overrides, "deterministic=true"])
 
 
 def test_a_layout_in_short_is_the_keys_in_long(tmp_path: Path) -> None:

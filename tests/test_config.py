@@ -220,6 +220,9 @@ def test_sizes_must_be_positive(key: str) -> None:
         (["guard.damping=-0.1"], "guard.damping is -0.1; it must lie between 0 and 1"),
         (["guard.signal=accuracy", "evaluation.every=0"], "set evaluation.every to 1 or more"),
         (["guard.signal=both", "objective.kind=next_token"], "watches rewards, which kind next_token has not"),
+        (["deterministic=true", "rollout.max_staleness=1"], "set rollout.max_staleness=0 or deterministic=false"),
+        (["checkpoint.keep_every=15"], "checkpoint.keep_every 15 is not a multiple of checkpoint.every 10"),
+        (["checkpoint.keep_every=0"], "checkpoint.keep_every is 0; it must be at least 1"),
         (["teacher_context.demonstration=random", "teacher_context.demonstrations=false"], "set the one to first"),
         (["teacher_context.too_long=shorten_feedback", "teacher_context.feedback=never"], "a section that is never"),
         (["teacher_context.too_long=shorten_demonstration", "teacher_context.demonstrations=false"], "to shorten or"),
@@ -235,6 +238,7 @@ def test_values_that_work_are_accepted() -> None:
     check(BASE)
     check(apply_overrides(BASE, ["layout.tensor_parallel=2", "layout.pipeline_parallel=2", "layout.world_size=8"]))
     check(apply_overrides(BASE, ["objective.alpha=1", "teacher.update_rate=0"]))
+    check(apply_overrides(BASE, ["checkpoint.keep_every=20", "deterministic=true"]))
     check_model(BASE, MODEL)
     layout = ["layout.tensor_parallel=2", "layout.pipeline_parallel=4", "layout.world_size=8"]
     check_model(apply_overrides(BASE, layout), MODEL)

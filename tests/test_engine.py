@@ -90,7 +90,9 @@ def test_a_response_stops_at_the_end_token_and_keeps_it(engine: Engine, control:
 
 
 def test_seeds_are_accepted(engine: Engine) -> None:
-    assert len(generate([engine.address], n=3, seed=7)) == 3
+    assert len(generate([engine.address], n=3, seeds=(7, 8, 9))) == 3
+    with pytest.raises(ValueError, match="2 seeds for 3 responses"):
+        generate([engine.address], n=3, seeds=(7, 8))
 
 
 def test_a_wrong_token_is_refused(engine: Engine) -> None:

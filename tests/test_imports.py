@@ -13,7 +13,7 @@ import megatron_sdpo
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "megatron_sdpo"
 FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "recipes").rglob("*.py")])
-LAUNCHERS = ("rollout/engine_main.py", "rollout/cpu_platform.py", "rollout/router_main.py")
+LAUNCHERS = ("rollout/engine_main.py", "rollout/cpu_platform.py", "rollout/cpu_sampling.py", "rollout/router_main.py")
 
 # vendor -> the only places that import it: files, or folders that end in "/", relative to the repository
 VENDORS = {

@@ -128,3 +128,13 @@ def test_a_group_out_of_place_is_named(tmp_path: Path, second: Group, words: str
     with pytest.raises(JournalError) as error:
         journal.groups(4)
     assert str(error.value) == f"{path} line 2 {words}"
+
+
+def test_whole_groups_are_counted_by_step(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for step, slot in ((3, 0), (4, 0), (4, 1), (6, 2)):
+        journal.append(group(step, slot))
+    with (tmp_path / "step-00000006.jsonl").open("ab") as file:
+        file.write(b'{"cut')
+    (tmp_path / "step-00000007.jsonl").touch()
+    assert journal.counts(4) == {4: 2, 6: 1}

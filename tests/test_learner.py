@@ -374,8 +374,12 @@ class _Loop:
     def publish(self, version: int) -> dict[str, float]:
         return {"sync/version": version}
 
-    def save_if_due(self, cursor: int) -> None:
+    def save_if_due(self, cursor: int) -> dict[str, float]:
         self.saved.append(self.learner.history)
+        return {"time/checkpoint_background": float(cursor)}
+
+    def finish(self) -> None:
+        self.finished = len(self.rows)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.rows[step] = dict(metrics)
@@ -394,6 +398,8 @@ def test_the_loop_tells_the_guard_of_every_evaluation_before_the_checkpoint(
     rewards = [sum(s.reward for s in make_batch(step).samples) / 9 for step in range(5)]
     assert list(around.saved[-1].rewards) == pytest.approx(rewards)
     assert around.rows[0] == {"eval/accuracy": 0.1}
+    assert [around.rows[step].get("time/checkpoint_background") for step in range(1, 6)] == [None, 3, 6, 9, 12]
+    assert around.finished == 6
     assert [around.rows[step]["optim/guard"] for step in range(1, 6)] == [1.0, 1.0, 1.0, 1.0, 0.5]
 
 

@@ -1,5 +1,6 @@
 """The run directory: one run at a time, one experiment for good, a secret that stays one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -117,6 +118,17 @@ def test_what_does_not_change_the_experiment_may_change(tmp_path: Path, override
     run_dir = started(tmp_path)
     run_dir.prepare(config(override))
     assert configuration.load(run_dir.config) == config(override) != config()
+
+
+def test_a_run_of_an_earlier_version_goes_on_but_does_not_become_deterministic(tmp_path: Path) -> None:
+    run_dir = started(tmp_path)
+    saved = json.loads(run_dir.config.read_text())
+    del saved["deterministic"], saved["checkpoint"]["asynchronous"], saved["checkpoint"]["keep_every"]
+    run_dir.config.write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match="holds a run with deterministic=False, not True"):
+        run_dir.prepare(config("deterministic=true"))
+    run_dir.prepare(config("checkpoint.asynchronous=false"))
+    assert not configuration.load(run_dir.config).deterministic
 
 
 def test_before_there_is_progress_everything_may_change(tmp_path: Path) -> None:

@@ -68,6 +68,28 @@ def test_attempts_and_verdicts_belong_together() -> None:
         assert group.verdicts == (Verdict(1.0, f"q{slot}: sort"), Verdict(0.0, f"q{slot}: sort item"))
 
 
+def test_every_attempt_of_a_seeded_run_has_a_seed_of_its_own() -> None:
+    asked = [
+        Asked(step, slot, QUESTIONS[slot], 2, 1.0, purpose)
+        for purpose in ("train", "evaluate")
+        for step in (3, 4)
+        for slot in range(4)
+    ]
+    expected = {ask.seed(7, attempt) for ask in asked for attempt in range(2)}
+    assert len(expected) == 32 and min(expected) >= 0 and max(expected) < 2**63
+    assert expected.isdisjoint(ask.seed(8, attempt) for ask in asked for attempt in range(2))
+    assert asked[0].seed(7, 0) == 7128182494432539630  # the same on every machine, for good
+
+    async def run(seed: int | None) -> list[int | None]:
+        engine = FakeEngine(respond)
+        async with engine, EngineClient([engine.address], "token", timeout_s=30) as client:
+            await Sampler(client, CHAT, Judge(), 8, 1, seed).groups(asked)
+        return engine.seeds
+
+    assert sorted(map(int, filter(None, asyncio.run(run(7))))) == sorted(expected)
+    assert asyncio.run(run(None)) == [None] * 16
+
+
 def test_groups_are_reported_when_ready_and_returned_as_asked() -> None:
     """Each answer waits for the group after it to be finished, so they get ready from the last to the first."""
 

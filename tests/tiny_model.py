@@ -132,11 +132,16 @@ def _write_tokenizer(path: Path, vocab_size: int) -> None:
 
 def reference_log_probs(path: Path, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
     """transformers' log-probabilities of ``ids[1:]``, each given the ids before it: fp32, ``[len(ids) - 1]``."""
+    log_probs_TV = reference_distributions(path, ids[:-1], temperature)
+    return log_probs_TV.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def reference_distributions(path: Path, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """transformers' log-probabilities of whatever may follow each of ``ids``: fp32, ``[T, V]``."""
     cpu_platform.provide_torchvision_operators()
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
-        logits_TV = model(torch.tensor([ids])).logits[0, :-1].float()
-    log_probs_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
-    return log_probs_TV.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        logits_TV = model(torch.tensor([ids])).logits[0].float()
+    return torch.log_softmax(logits_TV / temperature, dim=-1)

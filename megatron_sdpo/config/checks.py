@@ -3,7 +3,14 @@
 import math
 from operator import attrgetter
 
-from megatron_sdpo.config.tree import Config, ConfigError, LayoutConfig, ObjectiveConfig, TeacherContextConfig
+from megatron_sdpo.config.tree import (
+    Config,
+    ConfigError,
+    DebugConfig,
+    LayoutConfig,
+    ObjectiveConfig,
+    TeacherContextConfig,
+)
 
 _AT_LEAST = {
     2: ("publish.probe_tokens",),
@@ -15,7 +22,13 @@ _AT_LEAST = {
         *("engine.count", "engine.tensor_parallel", "engine.max_running_requests", "engine.max_total_tokens"),
         *("rollout.prompts_per_step", "rollout.attempts_per_prompt", "rollout.max_new_tokens"),
         *("rollout.verify_workers", "teacher_context.max_prompt_tokens"),
-        *("checkpoint.every", "checkpoint.keep", "evaluation.attempts", "evaluation.questions"),
+        *(
+            "checkpoint.every",
+            "checkpoint.keep",
+            "checkpoint.keep_every",
+            "evaluation.attempts",
+            "evaluation.questions",
+        ),
         *("guard.reward_window", "guard.accuracy_window"),
         *("discovery.questions", "discovery.seeds", "discovery.budget", "discovery.best_of_k_samples"),
     ),
@@ -66,6 +79,21 @@ def check(config: Config) -> None:
     _check_layout(layout)
     if engine.port + engine.count > 65535:
         raise ConfigError(f"engine.port is {engine.port}; it and the {engine.count} after it must be below 65536")
+    if config.deterministic and config.rollout.max_staleness:
+        raise ConfigError(
+            f"rollout.max_staleness is {config.rollout.max_staleness}, so which weights an attempt comes from depends"
+            " on how fast things go; set rollout.max_staleness=0 or deterministic=false"
+        )
+    if config.debug.from_journal is not None and config.debug.rollout_only:
+        raise ConfigError("debug.from_journal and debug.rollout_only leave nothing to do; set one of them")
+    if (config.debug.from_journal is not None or config.debug.rollout_only) and config.evaluation.every:
+        raise ConfigError("half of a run evaluates nothing; set evaluation.every=0")
+    checkpoint = config.checkpoint
+    if checkpoint.keep_every is not None and checkpoint.keep_every % checkpoint.every:
+        raise ConfigError(
+            f"checkpoint.keep_every {checkpoint.keep_every} is not a multiple of checkpoint.every {checkpoint.every},"
+            f" so hardly any checkpoint would be kept; set it to {checkpoint.every} or a multiple"
+        )
     if engine.max_total_tokens is not None and engine.max_total_tokens < config.model.max_length:
         raise ConfigError(
             f"engine.max_total_tokens {engine.max_total_tokens} cannot hold one sequence of model.max_length"
@@ -188,6 +216,10 @@ def _check_guard(config: Config) -> None:
 def check_discovery(config: Config) -> None:
     """Refuse what ``discover`` cannot work with, besides what ``check`` refuses."""
     discovery, rollout = config.discovery, config.rollout
+    if config.deterministic:
+        raise ConfigError("trials are not sampled by seed; set deterministic=false")
+    if config.debug != DebugConfig():
+        raise ConfigError("debug.from_journal and debug.rollout_only are for train; leave them out")
     if not discovery.methods:
         raise ConfigError("discovery.methods is empty; name one or more of best_of_k, multi_turn, sdpo")
     if len(set(discovery.methods)) < len(discovery.methods):

@@ -276,6 +276,11 @@ class CheckpointConfig:
     every: int = 10
     """Steps between checkpoints; the last step always has one."""
     keep: int = 2
+    """How many of the newest are kept."""
+    keep_every: int | None = None
+    """Those of steps that are multiples of this are kept for good; a multiple of ``every``. None keeps no others."""
+    asynchronous: bool = True
+    """Training goes on while a checkpoint is written; changes no result."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -319,6 +324,16 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DebugConfig:
+    """A part of a run by itself."""
+
+    from_journal: str | None = None
+    """Train on the groups of this folder (the attempts/ of another run), in order, without engines."""
+    rollout_only: bool = False
+    """Journal the attempts of all steps, by the weights of model.path, without a trainer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """A whole run."""
 
@@ -328,6 +343,9 @@ class Config:
     steps: int
     """Generation batches; ``discover`` sets it to those of one trial, budget / rollout.attempts_per_prompt."""
     seed: int = 0
+    deterministic: bool = False
+    """The same command gives the same run to the bit, killed and resumed or not, under one layout on one kind of
+    machine. Engines are slower; on a CPU they answer one request at a time."""
     model: ModelConfig
     task: TaskConfig
     layout: LayoutConfig = LayoutConfig()
@@ -343,3 +361,9 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
     discovery: DiscoveryConfig = DiscoveryConfig()
     tracking: TrackingConfig = TrackingConfig()
+    debug: DebugConfig = DebugConfig()
+
+    @property
+    def sampling_seed(self) -> int | None:
+        """From which every attempt's own seed follows; None leaves the draws to the engines."""
+        return self.seed if self.deterministic else None

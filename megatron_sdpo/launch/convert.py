@@ -50,6 +50,10 @@ def _from_run(run_dir: Path, found: Path, target: Path, groups: ParallelGroups) 
     hf_config = read_hf_config(model)
     size = streaming.total_bytes(hf_config, dtype)
     began = time.perf_counter()
+    try:
+        checkpoint.check_intact(found)
+    except checkpoint.CheckpointError as error:
+        raise ConfigError(str(error)) from error
     with _bar(size) as advance:
         streaming.export_hf(found, hf_config, dtype, groups, target, model, advance)
     return f"{found} was written to {target} in Hugging Face format{_amount(size, began)}"

@@ -59,7 +59,9 @@ async def run(run_dir: RunDir) -> None:
     check_lengths(questions, tokens, config.rollout.max_new_tokens, config.model.max_length)
     router = wait_for(lambda: read_address(run_dir.path, "router"), "the engines", config.engine.start_timeout_s)
     async with EngineClient([router], token, config.engine.request_timeout_s) as client:
-        sampler = Sampler(client, tokens, task, config.rollout.max_new_tokens, config.rollout.verify_workers)
+        sampler = Sampler(
+            client, tokens, task, config.rollout.max_new_tokens, config.rollout.verify_workers, config.sampling_seed
+        )
         coordinator = Coordinator(config, task, tokens, sampler, Journal(run_dir.attempts))
         await serve(
             config.engine.host,

@@ -18,6 +18,12 @@ from megatron_sdpo.rollout import lifeline
 from megatron_sdpo.rollout.fleet import GRACE_S, Fleet, log_tail
 
 POLL_S = 0.2
+GPU_DETERMINISM = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NCCL_ALGO": "Ring",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+}
+"""What the libraries want to be told before a trainer starts; not yet run on a GPU."""
 
 
 class RoleDied(RuntimeError):
@@ -71,7 +77,8 @@ def run_locally(config: Config, run_dir: RunDir, program: Program = TRAINING) ->
             # Trainer and coordinator load while the engines do.
             for name, command in _commands(program, run_dir, config).items():
                 roles.append(_start(name, command, run_dir, config, speaks=name == program.speaker))
-            fleet.start()
+            if config.debug.from_journal is None:
+                fleet.start()
             _watch(roles, fleet, run_dir)
         finally:
             _stop(roles)
@@ -80,19 +87,14 @@ def run_locally(config: Config, run_dir: RunDir, program: Program = TRAINING) ->
 
 
 def _commands(program: Program, run_dir: RunDir, config: Config) -> dict[str, list[str]]:
-    return {
-        "coordinator": [sys.executable, "-m", program.coordinator, str(run_dir.path)],
-        "trainer": [
-            sys.executable,
-            "-m",
-            "megatron_sdpo.launch.torchrun",
-            "--standalone",
-            f"--nproc-per-node={config.layout.world_size}",
-            "-m",
-            program.trainer,
-            str(run_dir.path),
-        ],
-    }
+    coordinator = [sys.executable, "-m", program.coordinator, str(run_dir.path)]
+    torchrun = ["megatron_sdpo.launch.torchrun", "--standalone", f"--nproc-per-node={config.layout.world_size}", "-m"]
+    trainer = [sys.executable, "-m", *torchrun, program.trainer, str(run_dir.path)]
+    if config.debug.from_journal is not None:
+        return {"trainer": trainer}
+    if config.debug.rollout_only:
+        trainer = [sys.executable, "-m", "megatron_sdpo.launch.rollout_only", str(run_dir.path)]
+    return {"coordinator": coordinator, "trainer": trainer}
 
 
 def _start(name: str, command: Sequence[str], run_dir: RunDir, config: Config, speaks: bool) -> _Role:
@@ -120,6 +122,8 @@ def environment(config: Config) -> dict[str, str]:
     }
     if config.engine.host in ("127.0.0.1", "localhost"):
         own["GLOO_SOCKET_IFNAME"] = "lo"
+    if config.deterministic:
+        own |= GPU_DETERMINISM
     return {"OMP_NUM_THREADS": "1"} | dict(os.environ) | own
 
 

@@ -9,6 +9,7 @@ from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config, ConfigError
 from megatron_sdpo.hf_config import check_model, read_model_config
 from megatron_sdpo.rollout.fleet import check_ports
+from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.rollout.prompts import PromptStream, check_lengths
 from megatron_sdpo.tasks import load_task
 from megatron_sdpo.teacher_context import check_templates
@@ -31,8 +32,24 @@ def check_run(config: Config, must_evaluate: bool = False) -> None:
         raise ConfigError(f"the task {config.task.name!r} has no held-out questions{hint}")
     questions = [*task.train_questions(), *task.eval_questions()]
     check_lengths(questions, tokens, config.rollout.max_new_tokens, config.model.max_length)
-    check_ports(config)
+    if config.debug.from_journal is None:
+        check_ports(config)
+    else:
+        check_journal(config, Path(config.debug.from_journal))
     _check_run_dir(Path(config.run_dir))
+
+
+def check_journal(config: Config, folder: Path) -> None:
+    """Refuse a journal that does not hold every step of the run, whole."""
+    if not folder.is_dir():
+        raise ConfigError(f"debug.from_journal {folder} is not a directory; set it to the attempts/ of a run")
+    found, wanted = Journal(folder).counts(0), config.rollout.prompts_per_step
+    short = [step for step in range(config.steps) if found.get(step, 0) != wanted]
+    if short:
+        raise ConfigError(
+            f"the journal {folder} has {found.get(short[0], 0)} groups of step {short[0]}, not"
+            f" rollout.prompts_per_step {wanted}; set steps={short[0]}, or rollout.prompts_per_step to what it holds"
+        )
 
 
 def check_engines(config: Config) -> None:

@@ -152,6 +152,11 @@ class RunDir:
     def _not_writable(self, error: OSError) -> ConfigError:
         return ConfigError(f"run_dir {self.path} cannot be written ({error.strerror}); set another run_dir")
 
+    def coordinator_address(self) -> str | None:
+        """Where the coordinator listens, once it does."""
+        path = self.addresses / "coordinator"
+        return path.read_text() if path.exists() else None
+
     def publish_address(self, name: str, address: str) -> None:
         """Say where a role listens, atomically."""
         temporary = self.addresses / f".{name}.tmp"

@@ -27,7 +27,14 @@ async def evaluate_model(config: Config) -> Evaluation:
             assert fleet.router is not None
             async with EngineClient([fleet.router], run_dir.token(), config.engine.request_timeout_s) as client:
                 tokens = Chat(config.model.path)
-                sampler = Sampler(client, tokens, task, config.rollout.max_new_tokens, config.rollout.verify_workers)
+                sampler = Sampler(
+                    client,
+                    tokens,
+                    task,
+                    config.rollout.max_new_tokens,
+                    config.rollout.verify_workers,
+                    config.sampling_seed,
+                )
                 return await evaluate(sampler, task.eval_questions(), config.evaluation, version=0)
 
 

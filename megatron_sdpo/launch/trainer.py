@@ -1,16 +1,20 @@
 """A trainer rank's process: ``torchrun ... -m megatron_sdpo.launch.trainer RUN_DIR``."""
 
+import random
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+import torch
 import torch.distributed as dist
 
 from megatron_sdpo import config as configuration
+from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config
 from megatron_sdpo.launch.role import play
 from megatron_sdpo.launch.run_dir import RunDir, wait_for
-from megatron_sdpo.loop import train
+from megatron_sdpo.loop import as_batch, train
 from megatron_sdpo.mcore import checkpoint
 from megatron_sdpo.mcore import groups as parallel
 from megatron_sdpo.mcore.finite import NonFiniteError
@@ -20,9 +24,10 @@ from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.reshard.publish import Publisher
 from megatron_sdpo.rollout.control import EngineControl
 from megatron_sdpo.rollout.fleet import read_engines
+from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.rollout.wire import Argument, CoordinatorClient, Kind
 from megatron_sdpo.tracking import Tracker
-from megatron_sdpo.types import Batch, Evaluation, encode
+from megatron_sdpo.types import Batch, BatchSource, Evaluation, WeightsPublisher, encode
 
 COLLECTIVE_TIMEOUT_S = 7200.0
 """Ranks wait in a collective while rank 0 waits for generation, which may take long."""
@@ -54,40 +59,77 @@ class SharedSource(SharedCoordinator):
         self._ask("published", version, type(None))
 
 
+class JournalSource:
+    """The batches that another run has journalled (types.BatchSource); every rank makes them for itself."""
+
+    def __init__(self, config: Config, journal: Journal) -> None:
+        self._config, self._journal, self._tokens = config, journal, Chat(config.model.path)
+
+    def batch(self, step: int) -> Batch:
+        groups = self._journal.groups(step)
+        cursor = (step + 1) * self._config.rollout.prompts_per_step
+        return as_batch(step, [groups[slot] for slot in sorted(groups)], self._config, self._tokens, {}, cursor)
+
+    def evaluate(self, version: int) -> Evaluation:
+        raise RuntimeError("a journal cannot be evaluated")
+
+    def published(self, version: int) -> None:
+        pass
+
+
+class NoEngines:
+    """Where there is nobody to send weights to (types.WeightsPublisher)."""
+
+    def publish(self, version: int) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
 class DueCheckpoints:
-    """Saves every ``checkpoint.every`` steps and after the last."""
+    """Saves every ``checkpoint.every`` steps and after the last (types.Checkpoints); all ranks call in step.
 
-    def __init__(self, config: Config, learner: Learner, folder: Path) -> None:
-        self._config, self._learner, self._folder = config, learner, folder
+    ``time/checkpoint_background`` is how long writing took beside training, in the row of the step in which the
+    checkpoint got its name.
+    """
 
-    def save_if_due(self, cursor: int) -> None:
+    def __init__(self, config: Config, learner: Learner, run_dir: RunDir) -> None:
+        self._config, self._learner = config, learner
+        self._saver = checkpoint.Saver(learner, run_dir.checkpoints, config.checkpoint)
+        self._journal = Journal(run_dir.attempts)
+
+    def save_if_due(self, cursor: int) -> dict[str, float]:
         step, every = self._learner.step, self._config.checkpoint.every
-        if step % every == 0 or step == self._config.steps:
-            checkpoint.save(self._learner, self._folder, cursor, self._config.checkpoint.keep)
+        due = step % every == 0 or step == self._config.steps
+        seconds = self._saver.poll(wait=due)
+        if due:
+            self._saver.begin(cursor, self._journal.counts(step - 1) if self._learner.groups.rank == 0 else {})
+        return {} if seconds is None else {"time/checkpoint_background": seconds}
+
+    def finish(self) -> None:
+        self._saver.poll(wait=True)
 
 
 def run(run_dir: RunDir) -> None:
     """Build the parts, resume, train, export."""
     config, token = configuration.load(run_dir.config), run_dir.token()
+    random.seed(config.seed)  # nobody is known to draw from these two, but a checkpoint keeps them
+    np.random.seed(config.seed)
+    torch.use_deterministic_algorithms(config.deterministic)
     groups = parallel.initialize(config.layout, config.seed, COLLECTIVE_TIMEOUT_S)
     learner = Learner(config, groups)
     resumed = checkpoint.load_latest(learner, run_dir.checkpoints)
     tracker = Tracker(config, run_dir.path, is_writer=groups.rank == 0)
     tracker.truncate_after(learner.step if resumed else -1)
-    client = connect(run_dir, config, token, groups)
+    source, publisher = _around(learner, run_dir, config, token)
     if resumed and groups.rank == 0:
-        print(f"resumed from the checkpoint of step {resumed.step}", flush=True)
-    publisher = publisher_for(learner, run_dir, config, token)
+        print("\n".join(resumed_words(resumed, Journal(run_dir.attempts))), flush=True)
+    checkpoints = DueCheckpoints(config, learner, run_dir)
     try:
-        train(
-            config,
-            SharedSource(client, groups),
-            learner,
-            publisher,
-            DueCheckpoints(config, learner, run_dir.checkpoints),
-            tracker,
-        )
-    except NonFiniteError as failure:
+        train(config, source, learner, publisher, checkpoints, tracker)
+    except NonFiniteError as failure:  # on all ranks
+        checkpoints.finish()
         raise kept(failure, run_dir, groups) from failure
     save_hf(learner.model, run_dir.exported, groups, config.layout, config.model.path)
     publisher.close()
@@ -95,14 +137,33 @@ def run(run_dir: RunDir) -> None:
     parallel.shutdown()
 
 
+def _around(learner: Learner, run_dir: RunDir, config: Config, token: str) -> tuple[BatchSource, WeightsPublisher]:
+    """Where batches come from and weights go to."""
+    if config.debug.from_journal is not None:
+        return JournalSource(config, Journal(Path(config.debug.from_journal))), NoEngines()
+    client = connect(run_dir, config, token, learner.groups)
+    return SharedSource(client, learner.groups), publisher_for(learner, run_dir, config, token)
+
+
+def resumed_words(resumed: checkpoint.Resumed, journal: Journal) -> list[str]:
+    """What a run that goes on should know, a line each."""
+    lines = [f"a damaged checkpoint was set aside: {sentence}" for sentence in resumed.refused]
+    now = journal.counts(resumed.step - 1)
+    for step, count in resumed.journal.items():
+        if now.get(step, 0) < count:
+            what = "trained on already" if step < resumed.step else "to be sampled again"
+            lines.append(f"the journal of step {step} has lost {count - now.get(step, 0)} of {count} groups ({what})")
+    ahead = {step: count for step, count in now.items() if step >= resumed.step}
+    words = f"; journalled ahead of it: {sum(ahead.values())} groups of {len(ahead)} steps" if ahead else ""
+    return [*lines, f"resumed from the checkpoint of step {resumed.step}{words}"]
+
+
 def connect(run_dir: RunDir, config: Config, token: str, groups: ParallelGroups) -> CoordinatorClient | None:
     """Rank 0's line to the coordinator; all ranks leave together, when the engines' addresses are there too."""
     client = None
     if groups.rank == 0:
         # The coordinator listens once the engines serve, so all addresses are there then.
-        url = wait_for(
-            lambda: _read(run_dir.addresses / "coordinator"), "the coordinator", config.engine.start_timeout_s
-        )
+        url = wait_for(run_dir.coordinator_address, "the coordinator", config.engine.start_timeout_s)
         client = CoordinatorClient(url, token)
     dist.barrier(group=groups.world)
     return client
@@ -130,13 +191,6 @@ def kept(failure: NonFiniteError, run_dir: RunDir, groups: ParallelGroups) -> No
         path.write_bytes(encode(failure.batch))
     dist.barrier(group=groups.world)  # the first rank to end takes the others with it
     return NonFiniteError(f"{failure}; the batch is in {path}", failure.batch)
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        return None
 
 
 if __name__ == "__main__":  # checkpoint writers start a process which imports this module again

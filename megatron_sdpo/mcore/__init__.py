@@ -1,14 +1,20 @@
 """The only importer of megatron.core: the model, its process groups, its weights.
 
-===============  ==========================================================================
-platform.py      Megatron's spelled-out "cuda" redirected to the CPU where there is no GPU
-groups.py        process groups of a layout, as a frozen record that travels as an argument
-modules.py       packed rows, and the CPU layer modules: RMSNorm, rotary and causal attention
-model.py         Hugging Face config -> Megatron config -> a rank's stages of the model
-names.py         pure: Hugging Face names <-> Megatron parameters and their shards; no megatron
-hf.py            Hugging Face checkpoints into the local shard, and back to disk
-weights.py       master weights, moments and teacher: whole on every data rank, or divided
-===============  ==========================================================================
+==================  ==========================================================================
+platform.py         Megatron's spelled-out "cuda" redirected to the CPU where there is no GPU
+groups.py           process groups of a layout, as a frozen record that travels as an argument
+modules.py          packed rows, and the CPU layer modules: RMSNorm, rotary and causal attention
+rotary.py           rotary frequencies of a config
+experts.py          mixtures of experts, also where tensor ranks hold the same tokens
+model.py            Hugging Face config -> Megatron config -> a rank's stages of the model
+names.py            pure: Hugging Face names <-> Megatron parameters and their shards; no megatron
+hf.py               Hugging Face checkpoints into the local shard, and back to disk
+streaming.py        whole checkpoints from one format to the other, a parameter at a time
+weights.py          master weights, moments and teacher: whole on every data rank, or divided
+checkpoint.py       everything that training depends on: saved, verified, found again
+background_save.py  the files of one save, written beside training
+manifest.py         pure: which files a checkpoint has, and their digests; no torch
+==================  ==========================================================================
 
 The redirection happens here, before any submodule can import megatron.
 """

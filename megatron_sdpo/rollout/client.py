@@ -80,12 +80,12 @@ class EngineClient:
         n: int,
         max_new_tokens: int,
         temperature: float,
-        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> list[Generated]:
         """``n`` responses to one prompt; each ends at one of the model's end tokens.
 
-        ``seed`` makes sample ``i`` a function of ``seed + i`` on engines that run with
-        ``--enable-deterministic-inference``; others ignore it. A connection that cannot be made is
+        ``seeds``, one a response and below 2**63, say what is drawn on engines that run with
+        ``--enable-deterministic-inference``; others ignore them. A connection that cannot be made is
         tried again a few times; an answer, whatever it says, is final. Raises ``EngineError``.
         The ids must lie in the model's vocabulary: SGLang does not check, and dies of others.
         """
@@ -93,10 +93,12 @@ class EngineClient:
             raise ValueError("the prompt is empty; SGLang would die of it")
         # top_p, top_k and min_p are switched off by name: an engine may have other defaults.
         sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "top_p": 1.0, "top_k": -1, "min_p": 0}
-        if seed is None:  # a batch in one request is faster than n requests, and than SGLang's own "n"
+        if seeds is None:  # a batch in one request is faster than n requests, and than SGLang's own "n"
             return await self._generate([list(prompt_ids)] * n, sampling)
+        if len(seeds) != n:
+            raise ValueError(f"{len(seeds)} seeds for {n} responses")
         # The router takes one set of sampling parameters a request, so n seeds are n requests.
-        seeded = ({**sampling, "sampling_seed": seed + i} for i in range(n))
+        seeded = ({**sampling, "sampling_seed": seed} for seed in seeds)
         answers = await asyncio.gather(*(self._generate([list(prompt_ids)], params) for params in seeded))
         return [generated for answer in answers for generated in answer]
 

@@ -18,9 +18,10 @@ import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
-from megatron_sdpo.rollout import cpu_platform  # noqa: E402
+from megatron_sdpo.rollout import cpu_platform, cpu_sampling  # noqa: E402
 
 cpu_platform.install()
+cpu_sampling.provide()
 
 TOKEN = "MEGATRON_SDPO_TOKEN"
 
@@ -33,6 +34,9 @@ def main(arguments: Sequence[str]) -> None:
 
     without_cuda = not cpu_platform.has_cuda()
     given = [*cpu_platform.SERVER_ARGS, *arguments, "--base-gpu-id=0"] if without_cuda else list(arguments)
+    if without_cuda and cpu_sampling.SEEDED in arguments:
+        cpu_sampling.switch_on()
+        given += cpu_sampling.SERVER_ARGS
     token = os.environ.pop(TOKEN, "")
     if token:
         hide_in_log(token)

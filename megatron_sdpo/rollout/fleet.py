@@ -21,6 +21,7 @@ import megatron_sdpo
 from megatron_sdpo.config import Config, ConfigError
 from megatron_sdpo.rollout import lifeline
 from megatron_sdpo.rollout.control import EngineControl, EngineError
+from megatron_sdpo.rollout.cpu_sampling import SEEDED
 from megatron_sdpo.types import EngineAddress
 
 POLL_S = 0.2
@@ -158,6 +159,8 @@ class Fleet:
             "log-level-http": "warning",
         }
         given = [f"--{name}={value}" for name, value in arguments.items() if value is not None]
+        if config.deterministic:
+            given.append(SEEDED)
         return [*given, "--skip-tokenizer-init", *engine.extra_args]
 
     def _router_arguments(self, port: int) -> list[str]:

@@ -57,5 +57,11 @@ class Journal:
             found[group.slot] = group
         return found
 
+    def counts(self, first: int) -> dict[int, int]:
+        """Step -> whole groups on disk, of the steps from ``first`` on that have any."""
+        found = {int(path.stem.removeprefix("step-")): path for path in self._folder.glob("step-*.jsonl")}
+        counts = {step: path.read_bytes().count(b"\n") for step, path in sorted(found.items()) if step >= first}
+        return {step: count for step, count in counts.items() if count}
+
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}.jsonl"

@@ -1,10 +1,12 @@
 """Question -> attempts -> verdicts: one group, and many at once."""
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_sdpo.rollout.client import EngineClient
 from megatron_sdpo.types import Attempt, Group, Question, Task, Tokens, Verdict
@@ -19,6 +21,12 @@ class Asked:
     question: Question
     attempts: int
     temperature: float
+    purpose: Literal["train", "evaluate"] = "train"
+
+    def seed(self, seed: int, attempt: int) -> int:
+        """From 0 to 2**63 - 1: of one attempt in a run of that seed; another for every attempt of the run."""
+        place = f"{seed}/{self.purpose}/{self.step}/{self.slot}/{attempt}"
+        return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "little") >> 1
 
 
 class VerifierError(RuntimeError):
@@ -28,14 +36,21 @@ class VerifierError(RuntimeError):
 class Sampler:
     """Attempts by the engines, judged by the task's verifier in ``verify_workers`` threads.
 
-    ``max_new_tokens`` bounds a response. A verifier that raises, or returns no reward in [0, 1],
+    ``max_new_tokens`` bounds a response. With a ``seed``, engines that listen to seeds give the same attempts each
+    time (``Asked.seed``). A verifier that raises, or returns no reward in [0, 1],
     raises VerifierError: silence would be a reward of zero.
     """
 
     def __init__(
-        self, client: EngineClient, tokens: Tokens, task: Task, max_new_tokens: int, verify_workers: int
+        self,
+        client: EngineClient,
+        tokens: Tokens,
+        task: Task,
+        max_new_tokens: int,
+        verify_workers: int,
+        seed: int | None = None,
     ) -> None:
-        self._client, self._tokens, self._task = client, tokens, task
+        self._client, self._tokens, self._task, self._seed = client, tokens, task, seed
         self._max_new_tokens = max_new_tokens
         self._verifiers = ThreadPoolExecutor(verify_workers, thread_name_prefix="verify")
 
@@ -69,8 +84,9 @@ class Sampler:
 
     async def _attempts(self, ask: Asked) -> tuple[Attempt, ...]:
         prompt_ids = self._tokens.prompt_ids(ask.question.messages)
+        seeds = None if self._seed is None else [ask.seed(self._seed, i) for i in range(ask.attempts)]
         generated = await self._client.generate(
-            prompt_ids, n=ask.attempts, max_new_tokens=self._max_new_tokens, temperature=ask.temperature
+            prompt_ids, n=ask.attempts, max_new_tokens=self._max_new_tokens, temperature=ask.temperature, seeds=seeds
         )
         return tuple(
             Attempt(
