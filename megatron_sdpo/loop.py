@@ -112,7 +112,8 @@ def train(
                 synced = publisher.publish(learner.step)
                 source.published(learner.step)
         evaluated = _evaluate(config, source, learner)
-        metrics_log.log(learner.step, {**batch.metrics, **stats, **synced, **evaluated, **seconds})
+        costs = learner.performance(batch, seconds)
+        metrics_log.log(learner.step, {**batch.metrics, **stats, **synced, **evaluated, **costs, **seconds})
         seconds = {}
         with phase("checkpoint", seconds):  # after the row: a resumed run has the row of every step that it skips
             written = checkpoints.save_if_due(batch.cursor)

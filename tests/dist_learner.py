@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron_sdpo.config import LayoutConfig
 from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
 from megatron_sdpo.mcore.hf import save_hf
-from tests.learner_setup import MODELS, learn, make_batch, make_config, make_learner
+from tests.learner_setup import MODELS, kv_heads, learn, make_batch, make_config, make_learner
 
 BATCHES = 3
 BUDGETS = (4096, 64, 1)
@@ -62,9 +62,9 @@ CASES = {
 
 
 def cases_of(layout: LayoutConfig) -> list[str]:
-    """Those whose model has a layer for every stage."""
-    stages = layout.pipeline_parallel * layout.virtual_pipeline
-    return [case for case, (model, _) in CASES.items() if MODELS[model] % stages == 0]
+    """Those whose model has a layer for every stage and a key-value head for every tensor rank."""
+    stages, ranks = layout.pipeline_parallel * layout.virtual_pipeline, layout.tensor_parallel
+    return [case for case, (model, _) in CASES.items() if MODELS[model] % stages == 0 == kv_heads(model) % ranks]
 
 
 def run_cases(folder: Path, groups: ParallelGroups, layout: LayoutConfig, out: Path) -> None:

@@ -26,13 +26,27 @@ _LENGTHS = (
 )
 
 
+def kv_heads(model: str) -> int:
+    """One for every head, or one for two."""
+    return 4 if model == "llama" else 2
+
+
 def write_models(folder: Path, vocabulary: int = VOCABULARY, models: Mapping[str, int] = MODELS) -> None:
     """``folder/NAME`` for each of ``models``, and beside it ``NAME-teacher`` with other weights, not far away."""
     for name, layers in models.items():
         family, tied = name.removesuffix("-tied"), name.endswith("-tied")
         for path, seed in ((folder / name, 1), (folder / f"{name}-teacher", 2)):
             write_tiny_checkpoint(
-                path, seed, family, vocabulary, HIDDEN, layers, kv_heads=2, head_dim=12, intermediate_size=80, std=0.2
+                path,
+                seed,
+                family,
+                vocabulary,
+                HIDDEN,
+                layers,
+                kv_heads=kv_heads(name),
+                head_dim=12,
+                intermediate_size=80,
+                std=0.2,
             )
             if tied:
                 _tie(path)

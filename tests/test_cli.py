@@ -250,7 +250,7 @@ def test_another_experiment_in_the_same_directory_is_refused(tmp_path: Path, fla
     (run_dir.attempts / "step-00000000.jsonl").touch()
     config = run_dir.config.read_bytes()
     sentence = refusal(tmp_path, "train", "minipipe", f"--run-dir={run_dir.path}", "optim.lr=0.5", *flags)
-    assert "holds a run with optim.lr=0.002, not 0.5; set another run_dir" in sentence
+    assert "holds a run with optim.lr=0.001, not 0.5; set another run_dir" in sentence
     assert run_dir.config.read_bytes() == config
 
 

@@ -92,4 +92,6 @@ def saved(folder: Path) -> dict[str, Any]:
 
 
 def untimed(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if not key.startswith("time/") and key != "sync/seconds"}
+    return {
+        key: value for key, value in row.items() if not key.startswith(("time/", "perf/")) and key != "sync/seconds"
+    }

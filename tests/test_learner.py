@@ -57,7 +57,7 @@ BF16_WEIGHT_TOLERANCE = 0.25
 """Of weights as above: most move by less than a few steps of bf16, so one step more or less is seen (0.15 found)."""
 
 
-UNPADDED = ("tp2", "pp2", "tp2pp2")
+UNPADDED = ("tp2", "tp4", "pp2", "tp2pp2")
 """The others fill rows, or give a rank micro-batches without a sample, in the batches here."""
 
 
@@ -124,7 +124,7 @@ def _check_case(folder: Path, single: Path, layout: str, case: str) -> None:
         pytest.param(("tp2", "pp2", "dp2", "dp2-do", "dp2-reduce"), id="2-more", marks=pytest.mark.slow),
         pytest.param(("tp2pp2",), id="4"),
         pytest.param(
-            ("tp2dp2-sp-do", "pp2dp2", "pp2vp2dp2-overlap", "tp2cp2-sp-do", "pp2cp2"),
+            ("tp4", "tp2dp2-sp-do", "pp2dp2", "pp2vp2dp2-overlap", "tp2cp2-sp-do", "pp2cp2"),
             id="4-more",
             marks=pytest.mark.slow,
         ),
@@ -250,7 +250,8 @@ def test_one_step_equals_transformers_and_autograd(
     metrics = learn(learner, make_batch())
     student, teacher = load(folder / model), load(folder / f"{model}-teacher")
     loss, grad_norm, weights = first_step(student, teacher, make_batch().samples, config)
-    assert metrics["loss/total"] == pytest.approx(loss, rel=TOLERANCE)
+    # Advantages of both signs nearly cancel in GRPO's sum: what is left of it has their rounding.
+    assert metrics["loss/total"] == pytest.approx(loss, rel=TOLERANCE, abs=5e-8)
     assert metrics["optim/grad_norm"] == pytest.approx(grad_norm, rel=TOLERANCE)
     save_hf(learner.model, tmp_path / "after", groups, config.layout, folder / model)
     before = load_file(folder / model / "model.safetensors")

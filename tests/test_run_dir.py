@@ -92,7 +92,7 @@ def test_the_token_is_the_users_own_and_new_at_each_start(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
-        (["optim.lr=0.5"], "optim.lr=0.002, not 0.5;"),
+        (["optim.lr=0.5"], "optim.lr=0.001, not 0.5;"),
         (["seed=3", "optim.lr=0.5"], "seed=0, not 3 (and 1 more);"),
         (["task.options.machine_seed=2"], "task.options={'machine_seed': 1}, not {'machine_seed': 2};"),
         (["rollout.prompts_per_step=4"], "rollout.prompts_per_step=16, not 4;"),

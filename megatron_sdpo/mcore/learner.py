@@ -24,6 +24,7 @@ from megatron_sdpo.mcore.forward import forward_backward, of_all_ranks, score
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import load_hf
 from megatron_sdpo.mcore.model import build_model
+from megatron_sdpo.mcore.performance import performance
 from megatron_sdpo.mcore.scores import StudentScores, TeacherScores, TeacherStates
 from megatron_sdpo.mcore.targets import Targets
 from megatron_sdpo.teacher import TeacherWeights, mixed_logits
@@ -172,6 +173,10 @@ class Learner:
     def evaluated(self, accuracy: float) -> None:
         """The held-out accuracy of the current version, for the collapse guard."""
         self.history = self.history.with_accuracy(accuracy)
+
+    def performance(self, batch: Batch, seconds: dict[str, float]) -> dict[str, float]:
+        """What the passes over a batch cost, in the ``seconds`` of the step's phases."""
+        return performance(batch, self.config, self.hf_config, self.groups.world_size, seconds)
 
     def log_probs(self, ids: Sequence[int]) -> list[float]:
         """Natural log-probs of ``ids[1:]``, each given those before it, under the current weights; on every rank."""
