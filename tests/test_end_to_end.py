@@ -75,6 +75,7 @@ def start(run_dir: Path, *overrides: str) -> Run:
                 f"steps={STEPS}",
                 "checkpoint.every=2",
                 "evaluation.every=8",
+                "teacher.kind=ema",
                 *overrides,
             ],
             stdout=subprocess.DEVNULL,

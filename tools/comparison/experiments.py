@@ -13,8 +13,11 @@ ATTEMPTS_PER_STEP = 128
 EVALUATE_EVERY = 2
 """Steps; 256 generations."""
 TUNING_SEEDS = (100, 101)
-COMMON = ("optim.lr_decay=linear", "optim.min_lr_ratio=0.1", "checkpoint.every=14")
-"""Of every cell. The decay is the same for all; it is not tuned."""
+COMMON = (
+    *("optim.lr_decay=linear", "optim.min_lr_ratio=0.1", "checkpoint.every=14"),
+    *("teacher.kind=ema", "teacher.update_rate=0.05"),
+)
+"""Of every cell that does not say otherwise. The decay is the same for all; it is not tuned."""
 
 Overrides = tuple[str, ...]
 
