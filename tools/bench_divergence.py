@@ -114,7 +114,8 @@ def from_hidden(inputs: Inputs, chunks: Sequence[int]) -> dict[str, Side]:
 
     def of_the_sum(chunk: int) -> None:
         def loss_of(logits_CV: Tensor, rows: slice) -> tuple[Tensor, None]:
-            return divergence(logits_CV, ids_TK[rows], teacher_TB[rows], ALPHA).sum() / len(hidden_TH), None
+            values_C = divergence(logits_CV, ids_TK[rows], teacher_TB[rows], ALPHA, overwrite=True)  # as the trainer
+            return values_C.sum() / len(hidden_TH), None
 
         loss, _ = fused_loss(hidden_TH, Head(head_VH, chunk=chunk), loss_of)
         torch.autograd.grad(loss, (hidden_TH, head_VH))
