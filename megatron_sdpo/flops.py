@@ -55,19 +55,28 @@ def forward_flops(hf_config: Mapping[str, Any], tokens: Tokens) -> int:
     return linear + attention + 2 * tokens.responses * width * hf_config["vocab_size"]
 
 
-def batch_flops(hf_config: Mapping[str, Any], samples: Sequence[Sample], objective: ObjectiveConfig) -> int:
-    """What the passes over one generation batch need: scoring as student (and reference), as teacher, training.
+def batch_passes(samples: Sequence[Sample], objective: ObjectiveConfig) -> tuple[Tokens, int, Tokens]:
+    """The student's view of a generation batch, how often it is only scored (also as reference), the teacher's view.
 
-    Every response is trained once, in whichever mini-batch, also where its weight is zero. Successes that
-    ``sample_weighting=failed_only`` keeps from the teacher are counted as scored.
+    Besides these passes every response is trained once, in whichever mini-batch, also where its weight is zero.
+    Successes that ``sample_weighting=failed_only`` keeps from the teacher are counted as scored.
     """
-    student = forward_flops(hf_config, counted([(len(s.prompt_ids), len(s.response_ids)) for s in samples]))
-    if objective.kind == "next_token":
-        return 3 * student
-    scorings = 2 if objective.kl_coefficient else 1
-    taught = [s for s in samples if objective.has_teacher and s.teacher_prompt_ids is not None]
-    views = [(len(s.teacher_prompt_ids or ()), len(s.response_ids)) for s in taught]
-    return (3 + scorings) * student + forward_flops(hf_config, counted(views))
+    student = counted([(len(s.prompt_ids), len(s.response_ids)) for s in samples])
+    scorings = 0 if objective.kind == "next_token" else 2 if objective.kl_coefficient else 1
+    views = [(len(s.teacher_prompt_ids), len(s.response_ids)) for s in samples if s.teacher_prompt_ids is not None]
+    return student, scorings, counted(views if objective.has_teacher else [])
+
+
+def batch_tokens(samples: Sequence[Sample], objective: ObjectiveConfig) -> int:
+    """Tokens of prompts and responses in all passes over a generation batch, without padding."""
+    student, scorings, teacher = batch_passes(samples, objective)
+    return (1 + scorings) * student.tokens + teacher.tokens
+
+
+def batch_flops(hf_config: Mapping[str, Any], samples: Sequence[Sample], objective: ObjectiveConfig) -> int:
+    """Of all passes over a generation batch; training is three forward passes."""
+    student, scorings, teacher = batch_passes(samples, objective)
+    return (3 + scorings) * forward_flops(hf_config, student) + forward_flops(hf_config, teacher)
 
 
 def peak_tflops(device_name: str) -> float | None:

@@ -13,6 +13,7 @@ streaming.py        whole checkpoints from one format to the other, a parameter 
 weights.py          master weights, moments and teacher: whole on every data rank, or divided
 checkpoint.py       everything that training depends on: saved, verified, found again
 background_save.py  the files of one save, written beside training
+generators.py       the states of every random generator of a rank
 manifest.py         pure: which files a checkpoint has, and their digests; no torch
 ==================  ==========================================================================
 

@@ -8,7 +8,6 @@ A run resumes from the newest one that still is, under the same layout or anothe
 import dataclasses
 import json
 import platform as python_platform
-import random
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,20 +16,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as megatron_groups
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 import megatron_sdpo
 from megatron_sdpo.config import CheckpointConfig, ConfigError
 from megatron_sdpo.guard import History
-from megatron_sdpo.mcore import manifest, platform
+from megatron_sdpo.mcore import generators, manifest, platform
 from megatron_sdpo.mcore import optimizer as optim
 from megatron_sdpo.mcore.background_save import Save, WriteError
 from megatron_sdpo.mcore.groups import ParallelGroups
@@ -169,7 +166,7 @@ def load_latest(learner: Learner, folder: Path) -> Resumed | None:
     optim.set_steps(learner.optimizer, state["adam"]["steps"])
     optim.set_rates(learner.optimizer, state["adam"]["rate"], learner.config.optim.weight_decay)
     if "rng" in state:
-        _set_generators(state["rng"])
+        generators.set_states(state["rng"])
     progress = Resumed(**state["progress"], refused=tuple(refused))
     learner.step = progress.step
     learner.history = History(**state["history"])
@@ -228,7 +225,7 @@ def _tensors(learner: Learner) -> dict[str, Any]:
         whole = learner.weights.joined(pieces)
         state[kind] = {name: _like(model[name], _KEYS[kind], tensor) for name, tensor in whole.items()}
     groups = learner.groups
-    state["rng"] = ShardedObject("rng", _generators(), (groups.world_size,), (groups.rank,))
+    state["rng"] = ShardedObject("rng", generators.states(), (groups.world_size,), (groups.rank,))
     return state
 
 
@@ -256,36 +253,6 @@ def _like(shard: Any, prefix: str, tensor: Tensor) -> Any:
     """A tensor to be stored as a parameter's ``shard`` is, under another key."""
     dtype = {} if isinstance(shard, ShardedTensorFactory) else {"dtype": tensor.dtype}
     return replace(shard, key=prefix + shard.key, data=tensor.detach(), **dtype)
-
-
-def _generators() -> dict[str, Any]:
-    """The states of every generator that this process could draw from."""
-    kind, keys, *rest = np.random.get_state()
-    tracker: Any = get_cuda_rng_tracker()
-    states: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
-        "tracker": {name: state.clone() for name, state in tracker.get_states().items()},
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_generators(states: Any) -> None:
-    if torch.is_tensor(states):  # of the time when there was but one
-        torch.set_rng_state(states)
-        return
-    torch.set_rng_state(states["torch"])
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    tracker: Any = get_cuda_rng_tracker()
-    tracker.set_states(states["tracker"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _facts(learner: Learner) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_sdpo.config import Config
-from megatron_sdpo.flops import batch_flops, peak_tflops
+from megatron_sdpo.flops import batch_flops, batch_tokens, peak_tflops
 from megatron_sdpo.types import Batch
 
 PASSES = ("time/score_student", "time/score_teacher", "time/train")
@@ -23,13 +23,12 @@ def performance(
     the GPU's memory in tensors, without a GPU of the process.
     """
     busy = max(sum(seconds[phase] for phase in PASSES), 1e-9)
-    student = sum(len(s.prompt_ids) + len(s.response_ids) for s in batch.samples)
-    teacher = sum(len(s.teacher_prompt_ids or ()) + len(s.response_ids) for s in batch.samples if s.teacher_prompt_ids)
-    kind = config.objective
-    passes = 1 if kind.kind == "next_token" else 3 if kind.kl_coefficient else 2
-    tokens = passes * student + (teacher if kind.has_teacher else 0)
-    tflops = batch_flops(hf_config, batch.samples, kind) / busy / world_size / 1e12
-    found = {"perf/tokens_per_s": tokens / busy, "perf/tflops_per_rank": tflops, "perf/memory_gb": _memory_gb()}
+    tflops = batch_flops(hf_config, batch.samples, config.objective) / busy / world_size / 1e12
+    found = {
+        "perf/tokens_per_s": batch_tokens(batch.samples, config.objective) / busy,
+        "perf/tflops_per_rank": tflops,
+        "perf/memory_gb": _memory_gb(),
+    }
     peak = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return found if peak is None else {**found, "perf/mfu": tflops / peak}
 
