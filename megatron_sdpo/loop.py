@@ -17,14 +17,13 @@ The two functions run in different processes; ``batch v`` crosses between them (
 GRPO and plain next-token training are the same loop: their learner has less to score.
 """
 
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config
+from megatron_sdpo.phases import Phases
 from megatron_sdpo.rollout.journal import Journal, JournalError
 from megatron_sdpo.rollout.prompts import PromptStream
 from megatron_sdpo.rollout.sampler import Asked, Sampler
@@ -90,6 +89,7 @@ def train(
     publisher: WeightsPublisher,
     checkpoints: Checkpoints,
     metrics_log: MetricsLog,
+    phases: Phases,
 ) -> None:
     """Every trainer rank runs this, in step with the others, from ``learner.step`` to ``config.steps``."""
     publisher.publish(learner.step)  # the engines never sample from unknown weights
@@ -98,26 +98,27 @@ def train(
         metrics_log.log(0, evaluated)
     seconds: dict[str, float] = {}
     while learner.step < config.steps:
-        with phase("step", seconds):
-            with phase("wait", seconds):
+        phases.step = learner.step
+        with phases("step"):
+            with phases("wait"):
                 batch = source.batch(learner.step)
-            with phase("score_student", seconds):
+            with phases("score_student"):
                 student = learner.score_student(batch)
-            with phase("score_teacher", seconds):
+            with phases("score_teacher"):
                 teacher = learner.score_teacher(batch, student)
-            with phase("train", seconds):
+            with phases("train"):
                 stats = learner.train(batch, student, teacher)
                 learner.update_teacher()
-            with phase("sync", seconds):
+            with phases("sync"):
                 synced = publisher.publish(learner.step)
                 source.published(learner.step)
         evaluated = _evaluate(config, source, learner)
+        seconds |= phases.taken()
         costs = learner.performance(batch, seconds)
         metrics_log.log(learner.step, {**batch.metrics, **stats, **synced, **evaluated, **costs, **seconds})
-        seconds = {}
-        with phase("checkpoint", seconds):  # after the row: a resumed run has the row of every step that it skips
+        with phases("checkpoint"):  # after the row: a resumed run has the row of every step that it skips
             written = checkpoints.save_if_due(batch.cursor)
-        seconds |= written
+        seconds = {**phases.taken(), **written}
     checkpoints.finish()
 
 
@@ -129,14 +130,6 @@ def _evaluate(config: Config, source: BatchSource, learner: "Learner") -> dict[s
     metrics = source.evaluate(version).metrics
     learner.evaluated(metrics["eval/accuracy"])
     return metrics
-
-
-@contextmanager
-def phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Note how long the block took."""
-    began = time.perf_counter()
-    yield
-    seconds[f"time/{name}"] = time.perf_counter() - began
 
 
 def _check_same_questions(groups: dict[int, Group], questions_P: Sequence[Question]) -> None:

@@ -26,6 +26,7 @@ from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
 from megatron_sdpo.mcore.hf import save_hf
 from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.mcore.scores import TeacherScores
+from megatron_sdpo.phases import Phases
 from megatron_sdpo.types import Batch, Evaluation
 from tests.dist_learner import BATCHES, CASES, cases_of, parse, run_cases
 from tests.launch import run_ranks
@@ -394,7 +395,7 @@ def test_the_loop_tells_the_guard_of_every_evaluation_before_the_checkpoint(
     overrides = ("steps=5", "evaluation.every=2", "guard.signal=accuracy", "guard.damping=0.5")
     config = make_config(folder / "llama", overrides)
     around = _Loop(make_learner(config, groups))
-    train(config, around, around.learner, cast("Publisher", around), around, around)
+    train(config, around, around.learner, cast("Publisher", around), around, around, Phases())
     assert [history.accuracies for history in around.saved] == [
         *((0.1,), (0.1, 0.9), (0.1, 0.9), (0.1, 0.9, 0.5), (0.1, 0.9, 0.5, 0.85)),
     ]

@@ -26,7 +26,8 @@ from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config
 from megatron_sdpo.discovery.baselines import Baselines, as_trial, in_flight
 from megatron_sdpo.discovery.record import BEST_OF_K, SDPO, Trial, TrialFiles, TrialId, planned
-from megatron_sdpo.loop import as_batch, journalled, phase
+from megatron_sdpo.loop import as_batch, journalled
+from megatron_sdpo.phases import Phases
 from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.rollout.sampler import Asked, Sampler
 from megatron_sdpo.types import Batch, Group, Question
@@ -62,24 +63,26 @@ class Progress(Protocol):
 
 def discover(source: TrialSource, learner: "Learner", publisher: "Publisher") -> None:
     """Every trainer rank runs this, in step with the others, until no trial is left."""
+    phases = Phases()
     publisher.publish(BASE_VERSION)
     while not source.baselines():
         pass
     while (version := source.next_trial()) is not None:
         learner.reset()
-        numbers = publisher.publish(version)
+        synced = publisher.publish(version)
+        phases.taken()
         while (batch := source.batch(version)) is not None:
-            with phase("score_student", numbers):
+            with phases("score_student"):
                 student = learner.score_student(batch)
-            with phase("score_teacher", numbers):
+            with phases("score_teacher"):
                 teacher = learner.score_teacher(batch, student)
-            with phase("train", numbers):
+            with phases("train"):
                 stats = learner.train(batch, student, teacher)
                 learner.update_teacher()
-            source.trained({**numbers, **stats})
+            source.trained({**synced, **phases.taken(), **stats})
             version += 1
-            with phase("sync", numbers := {}):
-                numbers |= publisher.publish(version)
+            with phases("sync"):
+                synced = publisher.publish(version)
 
 
 def first_version(number: int, config: Config) -> int:

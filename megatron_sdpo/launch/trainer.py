@@ -21,6 +21,7 @@ from megatron_sdpo.mcore.finite import NonFiniteError
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import canonical_parameters, save_hf
 from megatron_sdpo.mcore.learner import Learner
+from megatron_sdpo.phases import Phases
 from megatron_sdpo.reshard.publish import Publisher
 from megatron_sdpo.rollout.control import EngineControl
 from megatron_sdpo.rollout.fleet import read_engines
@@ -127,7 +128,7 @@ def run(run_dir: RunDir) -> None:
         print("\n".join(resumed_words(resumed, Journal(run_dir.attempts))), flush=True)
     checkpoints = DueCheckpoints(config, learner, run_dir)
     try:
-        train(config, source, learner, publisher, checkpoints, tracker)
+        train(config, source, learner, publisher, checkpoints, tracker, Phases())
     except NonFiniteError as failure:  # on all ranks
         checkpoints.finish()
         raise kept(failure, run_dir, groups) from failure
