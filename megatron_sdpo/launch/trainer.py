@@ -1,5 +1,6 @@
 """A trainer rank's process: ``torchrun ... -m megatron_sdpo.launch.trainer RUN_DIR``."""
 
+import gc
 import random
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,8 @@ def run(run_dir: RunDir) -> None:
     if resumed and groups.rank == 0:
         print("\n".join(resumed_words(resumed, Journal(run_dir.attempts))), flush=True)
     checkpoints = DueCheckpoints(config, learner, run_dir)
+    gc.collect()
+    gc.freeze()  # a full collection looks through all modules, a quarter of a second, on one rank while the others wait
     try:
         train(config, source, learner, publisher, checkpoints, tracker, Phases())
     except NonFiniteError as failure:  # on all ranks

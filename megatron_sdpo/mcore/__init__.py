@@ -3,7 +3,8 @@
 ==================  ==========================================================================
 platform.py         Megatron's spelled-out "cuda" redirected to the CPU where there is no GPU
 groups.py           process groups of a layout, as a frozen record that travels as an argument
-modules.py          packed rows, and the CPU layer modules: RMSNorm, rotary and causal attention
+elementwise.py      norm, gated unit and rotary embedding for CPUs
+modules.py          packed rows, and causal attention for CPUs
 rotary.py           rotary frequencies of a config
 experts.py          mixtures of experts, also where tensor ranks hold the same tokens
 model.py            Hugging Face config -> Megatron config -> a rank's stages of the model

@@ -126,7 +126,8 @@ def _names(batch: Batch, positions: Sequence[int]) -> str:
 def _stop_together(found: Sequence[_Finding], batch: Batch, groups: ParallelGroups) -> None:
     """When any rank has found something, every rank raises the same sentence."""
     stop = torch.tensor(float(bool(found)), device=platform.device())
-    dist.all_reduce(stop, op=dist.ReduceOp.MAX, group=groups.world)
+    if groups.world_size > 1:
+        dist.all_reduce(stop, op=dist.ReduceOp.MAX, group=groups.world)
     if not stop:
         return
     everywhere: list[Any] = [None] * groups.world_size

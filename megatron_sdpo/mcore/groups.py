@@ -55,6 +55,11 @@ class ParallelGroups:
         return self.data_rank == 0 and self.context_rank == 0
 
     @property
+    def vocabulary(self) -> ProcessGroup | None:
+        """Ranks that share the vocabulary; None where each has the whole."""
+        return self.tensor if self.tensor_size > 1 else None
+
+    @property
     def stages(self) -> int:
         """Of the whole model."""
         return self.pipeline_size * self.virtual_size

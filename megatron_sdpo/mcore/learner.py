@@ -77,7 +77,7 @@ class Learner:
         def of_logits(micro_batch: MicroBatch, logits_CV: Tensor, rows: slice) -> tuple[Tensor, ...]:
             old = self._of_sampled(micro_batch, logits_CV, rows)
             kept = self.config.objective.kept_tokens
-            return (*old, student_support(logits_CV, kept, self.groups.tensor)) if wanted else old
+            return (*old, student_support(logits_CV, kept, self.groups.vocabulary)) if wanted else old
 
         micro_batches = self._cut(batch.samples, self._shares(batch), "student")
         old, ids = self._score(micro_batches, of_logits)
@@ -115,10 +115,10 @@ class Learner:
                 initial_CV = self._head(initial.head_VH).logits(self._hidden(micro_batch, initial)[rows])
                 logits_CV = mixed_logits(initial_CV, logits_CV, self.config.teacher.mixture)
             ids_NK = self.targets.support_ids(micro_batch, student) if top_k else micro_batch.response_ids_N[:, None]
-            log_probs_CK1 = support_log_probs(logits_CV, ids_NK[rows], self.groups.tensor, with_tail=top_k)
+            log_probs_CK1 = support_log_probs(logits_CV, ids_NK[rows], self.groups.vocabulary, with_tail=top_k)
             if not self.config.objective.weighs_by_confidence:
                 return (log_probs_CK1,)
-            return log_probs_CK1, entropy(logits_CV, self.groups.tensor)
+            return log_probs_CK1, entropy(logits_CV, self.groups.vocabulary)
 
         return TeacherScores(*self._score(micro_batches, of_logits))
 
@@ -136,7 +136,7 @@ class Learner:
             return {}
         head = self._head(states.head_VH)
         found = [
-            scored(self._hidden(m, states), head, lambda logits_CV, _: (entropy(logits_CV, self.groups.tensor),))
+            scored(self._hidden(m, states), head, lambda logits_CV, _: (entropy(logits_CV, self.groups.vocabulary),))
             for m in micro_batches
         ]
         return _merge(self._by_sample(m, entropy_N) for m, (entropy_N,) in zip(micro_batches, found, strict=True))
@@ -206,7 +206,7 @@ class Learner:
 
     def _of_sampled(self, micro_batch: MicroBatch, logits_CV: Tensor, rows: slice) -> tuple[Tensor, ...]:
         """Log-probs of the response tokens."""
-        return (sampled_log_probs(logits_CV, micro_batch.response_ids_N[rows], self.groups.tensor),)
+        return (sampled_log_probs(logits_CV, micro_batch.response_ids_N[rows], self.groups.vocabulary),)
 
     def _optimizer_step(
         self, batch: Batch, chosen: Sequence[int], student: StudentScores, teacher: TeacherScores
@@ -242,7 +242,7 @@ class Learner:
         return Head(
             self.model.head() if weight_VH is None else weight_VH,
             self.config.rollout.temperature,
-            self.groups.tensor,
+            self.groups.vocabulary,
             self.config.layout.head_chunk_tokens,
             self.hf_config["vocab_size"],
         )

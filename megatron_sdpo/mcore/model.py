@@ -129,6 +129,7 @@ def transformer_config(hf: dict[str, Any], layout: LayoutConfig, dtype: torch.dt
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # weights always come from a checkpoint; load_hf leaves none out
         bias_activation_fusion=fused,
+        use_te_activation_func=not fused,  # the module of the layer's spec: ours
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused,
         masked_softmax_fusion=False,

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_sdpo.batching import zigzag
+from megatron_sdpo.mcore.elementwise import RMSNorm, SwiGLU, rotate
 from megatron_sdpo.mcore.experts import with_experts
 
 
@@ -32,8 +33,8 @@ class Padding:
     short ones. ``P`` counts the places of all blocks, block after block.
 
     ``blocks``: (sequences, width) of each. ``source_P`` (int64): the packed row in each place; a pad repeats its
-    sequence's last token. ``position_P``: the place's position in its sequence. ``target_T`` (int64): the place of
-    each packed row.
+    sequence's last token. ``target_T`` (int64): the place of each packed row. ``none``: the row is the one block
+    already, as its sequences are of one length.
     """
 
     def __init__(self, lengths: Tensor) -> None:
@@ -41,20 +42,20 @@ class Padding:
         members_by_size: dict[int, list[int]] = {}
         for i, length in enumerate(lengths.tolist()):
             members_by_size.setdefault(length.bit_length(), []).append(i)
-        blocks, sources, positions, insides = [], [], [], []
+        blocks, sources, insides = [], [], []
         for members in members_by_size.values():
             last_M1 = (lengths[members] - 1)[:, None]
             width = int(last_M1.max()) + 1
             position_MS = torch.arange(width, device=device).expand(len(members), -1)
             blocks.append((len(members), width))
-            positions.append(position_MS.flatten())
             sources.append((starts[members][:, None] + torch.minimum(position_MS, last_M1)).flatten())
             insides.append((position_MS <= last_M1).flatten())
         self.blocks: tuple[tuple[int, int], ...] = tuple(blocks)
-        self.source_P, self.position_P = torch.cat(sources), torch.cat(positions)
+        self.source_P = torch.cat(sources)
         places = torch.nonzero(torch.cat(insides)).squeeze(1)
         self.target_T = torch.empty_like(places)
         self.target_T[self.source_P[places]] = places
+        self.none = len(self.blocks) == 1 and len(self.source_P) == len(self.target_T)
 
 
 @dataclass
@@ -78,8 +79,12 @@ class PackedRows(PackedSeqParams):
 
     def set_rotary(self, cos_SD: Tensor, sin_SD: Tensor) -> None:
         """From those of every position of the longest sequence."""
-        position_P = self.zigzag.position_T if self.share[1] > 1 else self.padding.position_P
-        self.rotary = cos_SD[position_P], sin_SD[position_P]
+        if self.share[1] > 1:
+            position_T = self.zigzag.position_T
+        else:
+            lengths = torch.diff(self.cu_seqlens_q).tolist()
+            position_T = torch.cat([torch.arange(n, device=cos_SD.device) for n in lengths])
+        self.rotary = cos_SD[position_T], sin_SD[position_T]
 
 
 class ZigZag:
@@ -151,22 +156,6 @@ def packed_rows(
     return row
 
 
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm, fp32 inside; the one Megatron ships refuses sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Megatron reads this mark to reduce the gradient over the tensor group.
-        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
-
-
 class _Pad(torch.autograd.Function):
     """``[T, h, d] -> [P, h, d]``. Pads get zero gradient in causal attention, so backward is a plain gather."""
 
@@ -192,12 +181,6 @@ class _Unpad(torch.autograd.Function):
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_P = grad_T.new_zeros((len(ctx.padding.source_P), *grad_T.shape[1:]))
         return grad_P.index_copy_(0, ctx.padding.target_T, grad_T), None
-
-
-def _rotate(x_Phd: Tensor, cos_PD: Tensor, sin_PD: Tensor) -> Tensor:
-    """Rotary embedding, halves convention: ``x * cos + (-x2, x1) * sin``."""
-    left, right = x_Phd.chunk(2, dim=-1)
-    return x_Phd * cos_PD[:, None] + torch.cat((-right, left), dim=-1) * sin_PD[:, None]
 
 
 class CausalAttention(MegatronModule):
@@ -244,8 +227,11 @@ class CausalAttention(MegatronModule):
             return self._over_ranks(query, key, value, packed_seq_params, self.context)
         padding, rotary = packed_seq_params.padding, packed_seq_params.rotary
         assert rotary is not None, "the model has not said how to rotate this row"
-        q_Phd, k_Phd, v_Phd = (_Pad.apply(x, padding) for x in (query, key, value))
-        q_Phd, k_Phd = (_rotate(x, *rotary) for x in (q_Phd, k_Phd))
+        q_Thd, k_Thd = (rotate(x, *rotary) for x in (query, key))
+        if padding.none:
+            whole = self._attend(*(x.unflatten(0, padding.blocks[0]).transpose(1, 2) for x in (q_Thd, k_Thd, value)))
+            return whole.transpose(1, 2).flatten(2).flatten(0, 1)
+        q_Phd, k_Phd, v_Phd = (_Pad.apply(x, padding) for x in (q_Thd, k_Thd, value))
         sizes = [n * width for n, width in padding.blocks]
         out, split = [], zip(*(x.split(sizes) for x in (q_Phd, k_Phd, v_Phd)), strict=True)
         for block, qkv in zip(padding.blocks, split, strict=True):
@@ -259,7 +245,7 @@ class CausalAttention(MegatronModule):
         """``[T, h, d]`` of this rank's tokens -> ``[T, h * d]``."""
         zigzag, rotary = rows.zigzag, rows.rotary
         assert rotary is not None, "the model has not said how to rotate this row"
-        q_Thd, k_Thd = (_rotate(x, *rotary) for x in (query, key))
+        q_Thd, k_Thd = (rotate(x, *rotary) for x in (query, key))
         k_Shd, v_Shd = (
             _GatherTokens.apply(x, context).index_select(0, zigzag.order_S)  # pyright: ignore
             for x in (k_Thd, value)
@@ -295,6 +281,8 @@ def cpu_block_spec(config: TransformerConfig, n_layers: int) -> TransformerBlock
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = CausalAttention
+    mlp = layer.mlp.submodules
+    (mlp.experts.submodules if config.num_moe_experts else mlp).activation_func = SwiGLU
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     # A bare layer spec would take Megatron's own norm for the final one.
