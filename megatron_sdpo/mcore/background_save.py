@@ -13,15 +13,18 @@ import queue
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch import Tensor
 
 from megatron_sdpo.mcore import manifest
 from megatron_sdpo.mcore.manifest import Digest
@@ -49,6 +52,8 @@ class Save:
         self._results: queue.SimpleQueue[dict[int, Any]] = queue.SimpleQueue()
         # Where Megatron's last part looks for the results. Its own is a process that would outlive a kill.
         filesystem_async._results_queue = self._results  # pyright: ignore[reportAttributeAccessIssue]
+        apply_factories(state)
+        dict_list_map_inplace(_uncopied, state)
         self._request: Any = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
         began = time.monotonic()
         self._process: Any = None
@@ -91,6 +96,24 @@ class Save:
         for finalize in self._request.finalize_fns:
             finalize()
         return self._written
+
+
+def _uncopied(part: Any) -> Any:
+    """A shard whose tensor seems to have memory of its own: Megatron copies those that are parts of others.
+
+    It does so before the fork, which makes that copy needless; the waiting for a save is mostly this.
+    """
+    if not isinstance(part, ShardedTensor) or part.data is None:
+        return part
+    return replace(part, data=own_storage(part.data))
+
+
+def own_storage(tensor: Tensor) -> Tensor:
+    """The same memory as a storage of this tensor alone; what is on a GPU or has gaps stays as it is."""
+    if not tensor.is_cpu or not tensor.is_contiguous() or tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    octets = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return torch.from_numpy(octets).view(tensor.dtype).view(tensor.shape)
 
 
 def _answer_with(write: Callable[[], Written], answer: Connection, parent: int) -> None:
