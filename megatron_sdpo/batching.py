@@ -8,6 +8,7 @@ Everything per token that must meet across the views is keyed by (sample, respon
 The plan is a pure function of the lengths, so every rank computes the same one without talking.
 """
 
+import bisect
 import heapq
 import math
 from collections.abc import Mapping, Sequence
@@ -83,6 +84,11 @@ class MicroBatch:
     padding: int
     """Tokens of the whole row that belong to no sample."""
 
+    @property
+    def my_padding(self) -> float:
+        """This context rank's part of ``padding``."""
+        return self.padding / len(self.places)
+
     def split(self, values: Tensor) -> dict[int, Tensor]:
         """Of all response tokens, ``[sum of R, ...]`` -> sample position -> ``[R, ...]``."""
         return dict(zip(self.samples, values.split(self.response_lengths), strict=True)) if self.samples else {}
@@ -127,16 +133,26 @@ def assign(costs: Sequence[int], positions: Sequence[int], data_size: int) -> li
     return shares
 
 
-def cut(share: Sequence[int], lengths: Mapping[int, int], budget: int) -> list[tuple[int, ...]]:
+def cut(share: Sequence[int], lengths: Mapping[int, int], budget: int, count: int = 0) -> list[tuple[int, ...]]:
     """One rank's positions -> micro-batches of at most ``budget`` tokens; a longer sequence stands alone.
 
-    Sequences of like length share a micro-batch, the longest first: running out of memory shows in the first one.
+    There are as few as the budget allows, or ``count`` if that is more, and the largest of them is as small as it can
+    be: stages of a pipeline wait for the largest. Sequences of like length share a micro-batch, the longest first:
+    running out of memory shows in the first one.
     """
+    ordered = sorted(share, key=lambda i: (-lengths[i], i))
+    wanted = max(count, len(_filled(ordered, lengths, budget)))
+    least = bisect.bisect_left(range(budget), True, key=lambda bound: len(_filled(ordered, lengths, bound)) <= wanted)
+    return _filled(ordered, lengths, least)
+
+
+def _filled(ordered: Sequence[int], lengths: Mapping[int, int], bound: int) -> list[tuple[int, ...]]:
+    """In this order, each filled up to the bound: no division of the order has fewer parts."""
     cuts: list[tuple[int, ...]] = []
     held: list[int] = []
     tokens = 0
-    for i in sorted(share, key=lambda i: (-lengths[i], i)):
-        if held and tokens + lengths[i] > budget:
+    for i in ordered:
+        if held and tokens + lengths[i] > bound:
             cuts.append(tuple(held))
             held, tokens = [], 0
         held.append(i)
@@ -160,9 +176,9 @@ def micro_batches(
     ``count_multiple``, as an interleaved pipeline wants it.
     """
     lengths = {i: len(prompt_of(samples[i], view)) + len(samples[i].response_ids) for share in shares for i in share}
-    cuts = [cut(share, lengths, budget) for share in shares]
-    count = -(-max(map(len, cuts)) // count_multiple) * count_multiple
-    mine = cuts[data_rank] + [()] * (count - len(cuts[data_rank]))
+    count = _up_to(max(len(cut(share, lengths, budget)) for share in shares), count_multiple)
+    mine = cut(shares[data_rank], lengths, budget, count)
+    mine += [()] * (count - len(mine))
     return [pack([(i, prompt_of(samples[i], view), samples[i].response_ids) for i in ids], device, row) for ids in mine]
 
 

@@ -47,7 +47,8 @@ _CASES: dict[str, tuple[str, tuple[str, ...]]] = {
             *("objective.credit=sequence", "objective.sample_weighting=teacher_confidence", "optim.mini_batches=2"),
         ),
     ),
-    "next-token": ("qwen3-tied", ("objective.kind=next_token",)),
+    # the last mini-batch has one sample: some ranks have none, an interleaved pipeline a micro-batch too few
+    "next-token": ("qwen3-tied", ("objective.kind=next_token", "optim.mini_batches=5")),
     "bf16-sdpo": ("llama", ("model.dtype=bfloat16", "optim.mini_batches=2")),
     "bf16-grpo": ("qwen3-tied", ("model.dtype=bfloat16", "objective.kind=grpo")),
 }

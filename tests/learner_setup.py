@@ -120,8 +120,8 @@ def learn(learner: Learner, batch: Batch) -> dict[str, float]:
 
 
 def comparable(metrics: dict[str, float]) -> dict[str, float]:
-    """What every layout must say alike: all but how many tokens fill its rows and micro-batches."""
-    return {key: value for key, value in metrics.items() if key != "optim/padding_tokens"}
+    """What every layout must say alike: all but which share of its tokens fills rows and micro-batches."""
+    return {key: value for key, value in metrics.items() if key != "optim/padding_share"}
 
 
 def _tie(path: Path) -> None:

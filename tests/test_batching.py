@@ -1,5 +1,6 @@
 """Packing and dealing: properties that hold for any lengths, and plain loops as the reference."""
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -42,6 +43,25 @@ def test_cut_keeps_to_the_budget(lengths: dict[int, int], budget: int) -> None:
     assert all(cuts)
     longest_first = [lengths[i] for group in cuts for i in group]
     assert longest_first == sorted(longest_first, reverse=True)
+
+
+@given(st.lists(st.integers(1, 20), max_size=8), st.integers(1, 40), st.integers(0, 5))
+def test_cut_makes_as_few_as_it_may_and_the_largest_as_small_as_it_can(
+    lengths: list[int], budget: int, count: int
+) -> None:
+    cuts = cut(range(len(lengths)), dict(enumerate(lengths)), budget, count)
+    ordered = sorted(lengths, reverse=True)
+    possible: dict[int, int] = {}  # number of parts -> the least size of the largest part, by trying all divisions
+    for marks in itertools.product([False, True], repeat=max(len(ordered) - 1, 0)):
+        edges = [0, *(i + 1 for i, mark in enumerate(marks) if mark), len(ordered)]
+        parts = [ordered[a:b] for a, b in itertools.pairwise(edges) if b > a]
+        if all(len(part) == 1 or sum(part) <= budget for part in parts):
+            largest = max(map(sum, parts), default=0)
+            possible[len(parts)] = min(largest, possible.get(len(parts), largest))
+    allowed = max(min(possible), count)
+    assert len(cuts) <= allowed
+    largest = max((sum(lengths[i] for i in group) for group in cuts), default=0)
+    assert largest == min(size for parts, size in possible.items() if parts <= allowed)
 
 
 @settings(deadline=None)

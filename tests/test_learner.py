@@ -139,7 +139,7 @@ def test_every_layout_trains_like_one_process(folder: Path, single: Path, layout
         for case in cases:
             _check_case(folder, single, layout, case)
         case = "next-token" if "next-token" in cases else "sdpo-64"
-        pads = [metrics["optim/padding_tokens"] for metrics in _metrics(folder / layout / case)]
+        pads = [metrics["optim/padding_share"] for metrics in _metrics(folder / layout / case)]
         assert (min(pads) > 0) == (layout not in UNPADDED), f"{layout} pads {pads}"
 
 

@@ -32,8 +32,8 @@ from megatron_sdpo.types import Batch, Sample
 
 _TOTAL = "loss/total"
 """The weighted sum that is minimised: already whole, not to be divided by tokens."""
-_PADDING = "optim/padding_tokens"
-"""Tokens of the training passes that belong to no sample: they fill rows and micro-batches."""
+_ROW_TOKENS, _PADDING = "row_tokens", "padding_tokens"
+"""Tokens of the training passes, and those of them that belong to no sample: they fill rows and micro-batches."""
 
 
 class Learner:
@@ -218,8 +218,8 @@ class Learner:
             targets = self.targets.of(micro_batch, samples, numbers, student, teacher)
             teacher_head = self._head(teacher.states.head_VH if teacher.states else None)
             loss, metrics = objective.loss_of_hidden(hidden_NH, self._head(), targets, objective_config, teacher_head)
-            padding = loss.new_tensor(micro_batch.padding / self.groups.context_size)
-            return loss, {**metrics, _TOTAL: loss.detach(), _PADDING: padding}
+            tokens, padding = (loss.new_tensor(float(n)) for n in (len(micro_batch.ids_T), micro_batch.my_padding))
+            return loss, {**metrics, _TOTAL: loss.detach(), _ROW_TOKENS: tokens, _PADDING: padding}
 
         for ddp in self.wrapped:
             ddp.zero_grad_buffer()
@@ -272,8 +272,10 @@ class Learner:
             total = torch.stack([report[key] for key in sums])
             dist.all_reduce(total, group=self.groups.data_context)
             by_key = dict(zip(sums, total.tolist(), strict=True))
+            padding = by_key.pop(_PADDING) / by_key.pop(_ROW_TOKENS)
             tokens = max(by_key.get("loss/tokens", 0.0), 1.0)
-            reduced = {k: v if k in (_TOTAL, _PADDING, "loss/tokens") else v / tokens for k, v in by_key.items()}
+            reduced = {k: v if k in (_TOTAL, "loss/tokens") else v / tokens for k, v in by_key.items()}
+            reduced["optim/padding_share"] = padding
             maxima = sorted(report.keys() - set(sums))
             if maxima:
                 largest = torch.stack([report[key] for key in maxima])
