@@ -17,7 +17,7 @@ _AT_LEAST = {
     1: (
         *("steps", "model.max_length", "optim.mini_batches", "objective.top_k", "publish.bucket_bytes"),
         *("layout.tensor_parallel", "layout.pipeline_parallel", "layout.world_size", "layout.tokens_per_micro_batch"),
-        *("layout.virtual_pipeline", "layout.context_parallel"),
+        *("layout.virtual_pipeline", "layout.context_parallel", "layout.recompute_num_layers"),
         *("layout.head_chunk_tokens", "layout.overlap_bucket_elements"),
         *("engine.count", "engine.tensor_parallel", "engine.max_running_requests", "engine.max_total_tokens"),
         *("rollout.prompts_per_step", "rollout.attempts_per_prompt", "rollout.max_new_tokens"),
@@ -77,6 +77,7 @@ def check(config: Config) -> None:
         if not attrgetter(key)(config):
             raise ConfigError(f"{key} is empty; set it")
     _check_layout(layout)
+    _check_recompute(layout)
     if engine.port + engine.count > 65535:
         raise ConfigError(f"engine.port is {engine.port}; it and the {engine.count} after it must be below 65536")
     if config.deterministic and config.rollout.max_staleness:
@@ -143,6 +144,35 @@ def _check_layout(layout: LayoutConfig) -> None:
         raise ConfigError(
             "layout.overlap_param_gather gathers what a distributed optimizer divides, and needs the gradients to"
             " overlap too; set layout.distributed_optimizer=true and layout.overlap_grad_reduce=true"
+        )
+
+
+def _check_recompute(layout: LayoutConfig) -> None:
+    """Refuse settings of a recomputation that is not asked for, and what Megatron cannot divide."""
+    unused = LayoutConfig()
+    of_kind = {
+        "selective": ("recompute_modules",),
+        "full": ("recompute_method", "recompute_num_layers", "distribute_saved_activations"),
+    }
+    for kind, keys in of_kind.items():
+        for key in keys:
+            if layout.recompute != kind and getattr(layout, key) != getattr(unused, key):
+                raise ConfigError(
+                    f"layout.{key} is for layout.recompute={kind}, but that is {layout.recompute}; set"
+                    f" layout.recompute={kind} or leave layout.{key} out"
+                )
+    modules = layout.recompute_modules
+    if layout.recompute == "selective" and (not modules or len(set(modules)) < len(modules)):
+        raise ConfigError(
+            f"layout.recompute_modules is {list(modules)}; name one or more parts, each once, or set"
+            " layout.recompute=none"
+        )
+    if layout.distribute_saved_activations and (layout.sequence_parallel or layout.tensor_parallel == 1):
+        why = "divides them already" if layout.sequence_parallel else "has nobody to divide them with"
+        held = "layout.sequence_parallel" if layout.sequence_parallel else "layout.tensor_parallel 1"
+        raise ConfigError(
+            f"layout.distribute_saved_activations divides activations over tensor ranks, but {held} {why};"
+            " set layout.distribute_saved_activations=false"
         )
 
 

@@ -57,6 +57,18 @@ class LayoutConfig:
     """Packed tokens of a micro-batch; a sequence longer than this has a micro-batch of its own."""
     head_chunk_tokens: int = 1024
     """Response tokens whose logits a rank holds at one time, forward and backward; changes memory, not results."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it (Megatron's recompute_granularity): nothing, parts of
+    each layer, or whole layers. Less memory, more time, the same results."""
+    recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"], ...] = ("core_attn",)
+    """selective: which parts."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """full. uniform: of every recompute_num_layers layers only what enters the first is kept; block: so of each of the
+    first recompute_num_layers of a pipeline stage, the others keep everything."""
+    recompute_num_layers: int = 1
+    """full: see recompute_method."""
+    distribute_saved_activations: bool = False
+    """full: tensor ranks divide what is kept among themselves, and gather it for the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
