@@ -234,6 +234,7 @@ def test_sizes_must_be_positive(key: str) -> None:
         (["objective.kl_coefficient=0.1"], "part of GRPO's loss, which kind sdpo has not"),
         (["teacher.mixture=1.5"], "teacher.mixture is 1.5; it must lie between 0 and 1"),
         (["teacher.kind=frozen", "teacher.update_every=optimizer_step"], "kind frozen is never updated"),
+        (["teacher.kind=live", "teacher.placement=offloaded"], "places weights that a teacher of kind live has not"),
         (["objective.support=vocabulary", "teacher.kind=trust_region"], "of which objective.support=vocabulary"),
         (["objective.support=sampled"], "but objective.alpha is 0.5; set objective.alpha=1"),
         (["guard.drop=1.5"], "guard.drop is 1.5; it must lie between 0 and 1"),

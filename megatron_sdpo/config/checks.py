@@ -111,6 +111,11 @@ def check(config: Config) -> None:
             f"a teacher of kind {config.teacher.kind} is never updated; set teacher.update_every=generation_batch or"
             " teacher.kind=ema"
         )
+    if config.teacher.placement != "swapped" and config.teacher.kind == "live" and not config.objective.kl_coefficient:
+        raise ConfigError(
+            f"teacher.placement={config.teacher.placement} places weights that a teacher of kind live has not; leave"
+            " teacher.placement out"
+        )
     if config.teacher.kind == "trust_region" and config.objective.support == "vocabulary":
         raise ConfigError(
             "a trust-region teacher mixes two models, of which objective.support=vocabulary could keep one;"

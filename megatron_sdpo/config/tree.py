@@ -144,6 +144,12 @@ class TeacherConfig:
     """ema: when it follows. A batch is scored before its first optimizer step in either case."""
     mixture: float = 0.01
     """trust_region: logits = (1 - mixture) * initial + mixture * current (paper eq. 10)."""
+    placement: Literal["swapped", "resident", "offloaded"] = "swapped"
+    """Where the fp32 weights of the teacher, and of the model of objective.kl_coefficient, are outside their passes;
+    changes no number. swapped: on the device (4 bytes a weight), cast into the model for each pass; a pass is long
+    beside that, so this is the default. resident: a cast copy stays beside them (2 bytes more in bf16), made anew after
+    an update only: with a distributed optimizer one gather an update instead of two a pass. offloaded: in host memory,
+    and moved one tensor at a time; so are the model's own weights during the pass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from megatron_sdpo.config import Config, ConfigError
 _MAY_CHANGE = (
     *("steps", "run_dir", "name", "checkpoint.", "evaluation.", "tracking.", "publish.", "engine."),
     *("discovery.methods", "discovery.seeds"),
-    *("layout.recompute", "layout.distribute_saved_activations"),
+    *("layout.recompute", "layout.distribute_saved_activations", "teacher.placement"),
 )
 """What a resumed run may change; anything else would make it another experiment under the same name."""
 
