@@ -20,8 +20,8 @@ def ema_update(teacher: Sequence[Tensor], student: Sequence[Tensor], update_rate
     """``teacher = (1 - update_rate) * teacher + update_rate * student``, in place and in fp32.
 
     Rate 0 leaves the teacher, rate 1 copies the student, both to the bit. The student may have another
-    float dtype or device; it is computed where the student is, one tensor at a time. ``ValueError``, before anything is written, when the rate is outside [0, 1], the
-    lists or shapes differ, or a teacher tensor is not fp32.
+    float dtype or device; it is computed where the student is, one tensor at a time. ``ValueError``, before
+    anything is written, when the rate is outside [0, 1], the lists or shapes differ, or a teacher tensor is not fp32.
     """
     if not 0.0 <= update_rate <= 1.0:
         raise ValueError(f"update_rate is {update_rate}; it must lie between 0 and 1")

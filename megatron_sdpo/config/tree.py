@@ -57,6 +57,8 @@ class LayoutConfig:
     """Packed tokens of a micro-batch; a sequence longer than this has a micro-batch of its own."""
     head_chunk_tokens: int = 1024
     """Response tokens whose logits a rank holds at one time, forward and backward; changes memory, not results."""
+    gradient_accumulation_fusion: Literal["auto", "on", "off"] = "auto"
+    """Weight gradients are added up inside the matrix product, in fp32. auto: where apex's kernel for it is."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it (Megatron's recompute_granularity): nothing, parts of
     each layer, or whole layers. Less memory, more time, the same results."""

@@ -134,7 +134,7 @@ def transformer_config(hf: dict[str, Any], layout: LayoutConfig, dtype: torch.dt
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=_fuses_gradients(layout),
         **_experts(hf, grouped=fused),
         **_recompute(hf, layout, fused),
     )
@@ -155,6 +155,22 @@ def _experts(hf: dict[str, Any], grouped: bool) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",  # no auxiliary loss
         "moe_grouped_gemm": grouped,
     }
+
+
+def _fuses_gradients(layout: LayoutConfig) -> bool:
+    """Whether to use apex's kernel (not yet run on a GPU); ConfigError where it is asked for and not there.
+
+    Transformer Engine has one of its own, but the head is Megatron's linear in any case, which refuses to be built
+    without apex's.
+    """
+    exists = torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    if layout.gradient_accumulation_fusion == "on" and not exists:
+        raise ConfigError(
+            "layout.gradient_accumulation_fusion=on needs a GPU and apex's module fused_weight_gradient_mlp_cuda;"
+            " install the extra apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or set"
+            " layout.gradient_accumulation_fusion=off"
+        )
+    return exists and layout.gradient_accumulation_fusion != "off"
 
 
 def _recompute(hf: dict[str, Any], layout: LayoutConfig, transformer_engine: bool) -> dict[str, Any]:
