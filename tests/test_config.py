@@ -234,6 +234,13 @@ def test_sizes_must_be_positive(key: str) -> None:
         (["objective.kl_coefficient=0.1"], "part of GRPO's loss, which kind sdpo has not"),
         (["teacher.mixture=1.5"], "teacher.mixture is 1.5; it must lie between 0 and 1"),
         (["teacher.kind=frozen", "teacher.update_every=optimizer_step"], "kind frozen is never updated"),
+        (["steps=5", "debug.profile_steps=[4,5]"], "debug.profile_steps names 5, but with steps 5 there are 0 to 4"),
+        (
+            ["debug.profile_steps=[0]", "debug.profile_ranks=[1]"],
+            "names 1, but with layout.world_size 1 there are 0 to 0",
+        ),
+        (["debug.profile_steps=[0]", "debug.profile_ranks=[]"], "debug.profile_ranks is empty; leave debug.profile_st"),
+        (["debug.profile_steps=[0]", "debug.rollout_only=true", "evaluation.every=0"], "rollout_only has no trainer"),
         (["teacher.kind=live", "teacher.placement=offloaded"], "places weights that a teacher of kind live has not"),
         (["objective.support=vocabulary", "teacher.kind=trust_region"], "of which objective.support=vocabulary"),
         (["objective.support=sampled"], "but objective.alpha is 0.5; set objective.alpha=1"),

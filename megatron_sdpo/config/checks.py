@@ -89,6 +89,7 @@ def check(config: Config) -> None:
         raise ConfigError("debug.from_journal and debug.rollout_only leave nothing to do; set one of them")
     if (config.debug.from_journal is not None or config.debug.rollout_only) and config.evaluation.every:
         raise ConfigError("half of a run evaluates nothing; set evaluation.every=0")
+    _check_profile(config)
     checkpoint = config.checkpoint
     if checkpoint.keep_every is not None and checkpoint.keep_every % checkpoint.every:
         raise ConfigError(
@@ -181,6 +182,21 @@ def _check_recompute(layout: LayoutConfig) -> None:
         )
 
 
+def _check_profile(config: Config) -> None:
+    """Refuse to profile what never runs."""
+    debug = config.debug
+    for key, last, what in (
+        ("profile_steps", config.steps - 1, f"steps {config.steps}"),
+        ("profile_ranks", config.layout.world_size - 1, f"layout.world_size {config.layout.world_size}"),
+    ):
+        beyond = [number for number in getattr(debug, key) if not 0 <= number <= last]
+        if beyond and debug.profile_steps:
+            raise ConfigError(f"debug.{key} names {beyond[0]}, but with {what} there are 0 to {last}")
+    if debug.profile_steps and (debug.rollout_only or not debug.profile_ranks):
+        why = "debug.rollout_only has no trainer" if debug.rollout_only else "debug.profile_ranks is empty"
+        raise ConfigError(f"debug.profile_steps profiles trainer ranks, but {why}; leave debug.profile_steps out")
+
+
 def _check_objective(objective: ObjectiveConfig) -> None:
     """Refuse choices that contradict each other; those that the kind does not use are checked too."""
     if objective.support == "sampled" and objective.alpha != 1.0:
@@ -254,7 +270,7 @@ def check_discovery(config: Config) -> None:
     if config.deterministic:
         raise ConfigError("trials are not sampled by seed; set deterministic=false")
     if config.debug != DebugConfig():
-        raise ConfigError("debug.from_journal and debug.rollout_only are for train; leave them out")
+        raise ConfigError("the debug.* settings are for train; leave them out")
     if not discovery.methods:
         raise ConfigError("discovery.methods is empty; name one or more of best_of_k, multi_turn, sdpo")
     if len(set(discovery.methods)) < len(discovery.methods):

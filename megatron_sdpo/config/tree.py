@@ -345,12 +345,21 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DebugConfig:
-    """A part of a run by itself."""
+    """A part of a run by itself, and looking inside."""
 
     from_journal: str | None = None
     """Train on the groups of this folder (the attempts/ of another run), in order, without engines."""
     rollout_only: bool = False
     """Journal the attempts of all steps, by the weights of model.path, without a trainer."""
+    timeline: bool = False
+    """Write RUN_DIR/timeline.json for chrome://tracing or Perfetto: what every rank, the coordinator and the engines
+    did when."""
+    profile_steps: tuple[int, ...] = ()
+    """Batches, from 0, whose trainer phases are profiled: Chrome trace and table of operators in RUN_DIR/profile/."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Trainer ranks that profile_steps profiles."""
+    profile_details: bool = False
+    """With the operators' shapes and memory; slower."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
