@@ -2,9 +2,9 @@
 
 The data meets the files in this order; an import never points up the list (tests/test_imports.py)::
 
-    types  phases  config  hf_config  flops  tasks  sandbox  chat  rollout  teacher_context  batching
+    types  phases  timeline  config  hf_config  flops  tasks  sandbox  chat  rollout  teacher_context  batching
     vocabulary  divergence  fused  credit  objective  teacher  guard  mcore  reshard  loop
-    discovery  evaluate  tracking  report  scaling  launch  cli
+    discovery  evaluate  tracking  profiler  report  scaling  launch  cli
 """
 
 __version__ = "0.1.0"

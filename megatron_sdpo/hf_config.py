@@ -185,6 +185,7 @@ def check_model(config: Config, model: dict[str, Any]) -> None:
             f" set a divisor of {model['num_hidden_layers']}"
         )
     _check_experts_layout(config, model)
+    _check_recompute(config, model)
     objective = config.objective
     keeps_tokens = objective.has_teacher and objective.support == "top_k"
     if keeps_tokens and objective.kept_tokens >= model["vocab_size"]:
@@ -212,4 +213,29 @@ def _check_experts_layout(config: Config, model: dict[str, Any]) -> None:
         raise ConfigError(
             f"{' and '.join(asked)} cannot be had with a mixture of experts yet; use tensor, pipeline and plain data"
             " parallelism"
+        )
+
+
+def _check_recompute(config: Config, model: dict[str, Any]) -> None:
+    """Refuse to compute again what the model has not, and layers that a stage has not."""
+    layout = config.layout
+    absent = ("mlp",) if "num_experts" in model else ("moe", "moe_act")
+    asked = [name for name in layout.recompute_modules if name in absent]
+    if layout.recompute == "selective" and asked:
+        what = "has experts in every layer, no plain MLP" if "num_experts" in model else "has no experts"
+        raise ConfigError(f"layout.recompute_modules names {' and '.join(asked)}, but the model {what}; leave it out")
+    if layout.recompute != "full":
+        return
+    layers = model["num_hidden_layers"] // (layout.pipeline_parallel * layout.virtual_pipeline)
+    count = layout.recompute_num_layers
+    if count > layers or (layout.recompute_method == "uniform" and layers % count):
+        wanted = f"a divisor of {layers}" if layout.recompute_method == "uniform" else f"{layers} or fewer"
+        raise ConfigError(
+            f"layout.recompute_num_layers {count} does not fit the {layers} layers of a pipeline stage"
+            f" (layout.recompute_method={layout.recompute_method}); set {wanted}"
+        )
+    if layout.distribute_saved_activations and model["hidden_size"] % layout.tensor_parallel:
+        raise ConfigError(
+            f"layout.distribute_saved_activations cuts tokens of {model['hidden_size']} numbers into"
+            f" {layout.tensor_parallel} equal parts, which is impossible; set it to false"
         )

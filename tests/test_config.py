@@ -147,6 +147,7 @@ POSITIVE = (
     "layout.overlap_bucket_elements",
     "layout.virtual_pipeline",
     "layout.context_parallel",
+    "layout.recompute_num_layers",
     "engine.count",
     "rollout.prompts_per_step",
     "rollout.attempts_per_prompt",
@@ -188,6 +189,25 @@ def test_sizes_must_be_positive(key: str) -> None:
             "layout.pipeline_parallel is 1; set it to 2 or more, or layout.virtual_pipeline=1",
         ),
         (["layout.overlap_param_gather=true"], "set layout.distributed_optimizer=true and layout.overlap_grad_reduce"),
+        (
+            ["layout.recompute_method=block"],
+            "is for layout.recompute=full, but that is none; set layout.recompute=full",
+        ),
+        (
+            ["layout.recompute=selective", "layout.recompute_num_layers=2"],
+            "layout.recompute_num_layers is for layout.rec",
+        ),
+        (["layout.recompute=full", 'layout.recompute_modules=["mlp"]'], "is for layout.recompute=selective"),
+        (["layout.recompute=selective", "layout.recompute_modules=[]"], "name one or more parts, each once"),
+        (["layout.recompute=selective", 'layout.recompute_modules=["mlp","mlp"]'], "name one or more parts, each once"),
+        (["layout.recompute=full", "layout.distribute_saved_activations=true"], "layout.tensor_parallel 1 has nobody"),
+        (
+            [
+                *("layout.recompute=full", "layout.distribute_saved_activations=true", "layout.sequence_parallel=true"),
+                *("layout.tensor_parallel=2", "layout.world_size=2"),
+            ],
+            "layout.sequence_parallel divides them already",
+        ),
         (["objective.alpha=1.1"], "objective.alpha is 1.1; it must lie between 0 and 1"),
         (["objective.alpha=-0.1"], "objective.alpha is -0.1"),
         (["teacher.update_rate=2"], "teacher.update_rate is 2"),
@@ -214,6 +234,14 @@ def test_sizes_must_be_positive(key: str) -> None:
         (["objective.kl_coefficient=0.1"], "part of GRPO's loss, which kind sdpo has not"),
         (["teacher.mixture=1.5"], "teacher.mixture is 1.5; it must lie between 0 and 1"),
         (["teacher.kind=frozen", "teacher.update_every=optimizer_step"], "kind frozen is never updated"),
+        (["steps=5", "debug.profile_steps=[4,5]"], "debug.profile_steps names 5, but with steps 5 there are 0 to 4"),
+        (
+            ["debug.profile_steps=[0]", "debug.profile_ranks=[1]"],
+            "names 1, but with layout.world_size 1 there are 0 to 0",
+        ),
+        (["debug.profile_steps=[0]", "debug.profile_ranks=[]"], "debug.profile_ranks is empty; leave debug.profile_st"),
+        (["debug.profile_steps=[0]", "debug.rollout_only=true", "evaluation.every=0"], "rollout_only has no trainer"),
+        (["teacher.kind=live", "teacher.placement=offloaded"], "places weights that a teacher of kind live has not"),
         (["objective.support=vocabulary", "teacher.kind=trust_region"], "of which objective.support=vocabulary"),
         (["objective.support=sampled"], "but objective.alpha is 0.5; set objective.alpha=1"),
         (["guard.drop=1.5"], "guard.drop is 1.5; it must lie between 0 and 1"),
@@ -260,6 +288,29 @@ def test_values_that_work_are_accepted() -> None:
 def test_a_layout_that_does_not_fit_the_model_is_refused(override: str, model: dict[str, int], sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         check_model(apply_overrides(BASE, [override]), MODEL | model)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model", "sentence"),
+    [
+        (["recompute=full", "recompute_num_layers=3"], {}, "does not fit the 4 layers of a pipeline stage"),
+        (["recompute=full", "recompute_num_layers=5", "recompute_method=block"], {}, "set 4 or fewer"),
+        (["recompute=full", "recompute_num_layers=4", "pipeline_parallel=2"], {}, "set a divisor of 2"),
+        (["recompute=selective", 'recompute_modules=["moe","mlp"]'], {}, "names moe, but the model has no experts"),
+        (["recompute=selective", 'recompute_modules=["mlp"]'], {"num_experts": 4}, "the model has experts in every"),
+        (
+            ["recompute=full", "distribute_saved_activations=true", "tensor_parallel=2"],
+            {"hidden_size": 129},
+            "into 2 equal parts, which is impossible",
+        ),
+    ],
+)
+def test_recomputing_what_the_model_has_not_is_refused(
+    overrides: Sequence[str], model: dict[str, int], sentence: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_model(apply_overrides(BASE, [f"layout.{override}" for override in overrides]), MODEL | model)
     assert sentence in str(error.value)
 
 

@@ -17,7 +17,7 @@ _AT_LEAST = {
     1: (
         *("steps", "model.max_length", "optim.mini_batches", "objective.top_k", "publish.bucket_bytes"),
         *("layout.tensor_parallel", "layout.pipeline_parallel", "layout.world_size", "layout.tokens_per_micro_batch"),
-        *("layout.virtual_pipeline", "layout.context_parallel"),
+        *("layout.virtual_pipeline", "layout.context_parallel", "layout.recompute_num_layers"),
         *("layout.head_chunk_tokens", "layout.overlap_bucket_elements"),
         *("engine.count", "engine.tensor_parallel", "engine.max_running_requests", "engine.max_total_tokens"),
         *("rollout.prompts_per_step", "rollout.attempts_per_prompt", "rollout.max_new_tokens"),
@@ -77,6 +77,7 @@ def check(config: Config) -> None:
         if not attrgetter(key)(config):
             raise ConfigError(f"{key} is empty; set it")
     _check_layout(layout)
+    _check_recompute(layout)
     if engine.port + engine.count > 65535:
         raise ConfigError(f"engine.port is {engine.port}; it and the {engine.count} after it must be below 65536")
     if config.deterministic and config.rollout.max_staleness:
@@ -88,6 +89,7 @@ def check(config: Config) -> None:
         raise ConfigError("debug.from_journal and debug.rollout_only leave nothing to do; set one of them")
     if (config.debug.from_journal is not None or config.debug.rollout_only) and config.evaluation.every:
         raise ConfigError("half of a run evaluates nothing; set evaluation.every=0")
+    _check_profile(config)
     checkpoint = config.checkpoint
     if checkpoint.keep_every is not None and checkpoint.keep_every % checkpoint.every:
         raise ConfigError(
@@ -109,6 +111,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"a teacher of kind {config.teacher.kind} is never updated; set teacher.update_every=generation_batch or"
             " teacher.kind=ema"
+        )
+    if config.teacher.placement != "swapped" and config.teacher.kind == "live" and not config.objective.kl_coefficient:
+        raise ConfigError(
+            f"teacher.placement={config.teacher.placement} places weights that a teacher of kind live has not; leave"
+            " teacher.placement out"
         )
     if config.teacher.kind == "trust_region" and config.objective.support == "vocabulary":
         raise ConfigError(
@@ -144,6 +151,50 @@ def _check_layout(layout: LayoutConfig) -> None:
             "layout.overlap_param_gather gathers what a distributed optimizer divides, and needs the gradients to"
             " overlap too; set layout.distributed_optimizer=true and layout.overlap_grad_reduce=true"
         )
+
+
+def _check_recompute(layout: LayoutConfig) -> None:
+    """Refuse settings of a recomputation that is not asked for, and what Megatron cannot divide."""
+    unused = LayoutConfig()
+    of_kind = {
+        "selective": ("recompute_modules",),
+        "full": ("recompute_method", "recompute_num_layers", "distribute_saved_activations"),
+    }
+    for kind, keys in of_kind.items():
+        for key in keys:
+            if layout.recompute != kind and getattr(layout, key) != getattr(unused, key):
+                raise ConfigError(
+                    f"layout.{key} is for layout.recompute={kind}, but that is {layout.recompute}; set"
+                    f" layout.recompute={kind} or leave layout.{key} out"
+                )
+    modules = layout.recompute_modules
+    if layout.recompute == "selective" and (not modules or len(set(modules)) < len(modules)):
+        raise ConfigError(
+            f"layout.recompute_modules is {list(modules)}; name one or more parts, each once, or set"
+            " layout.recompute=none"
+        )
+    if layout.distribute_saved_activations and (layout.sequence_parallel or layout.tensor_parallel == 1):
+        why = "divides them already" if layout.sequence_parallel else "has nobody to divide them with"
+        held = "layout.sequence_parallel" if layout.sequence_parallel else "layout.tensor_parallel 1"
+        raise ConfigError(
+            f"layout.distribute_saved_activations divides activations over tensor ranks, but {held} {why};"
+            " set layout.distribute_saved_activations=false"
+        )
+
+
+def _check_profile(config: Config) -> None:
+    """Refuse to profile what never runs."""
+    debug = config.debug
+    for key, last, what in (
+        ("profile_steps", config.steps - 1, f"steps {config.steps}"),
+        ("profile_ranks", config.layout.world_size - 1, f"layout.world_size {config.layout.world_size}"),
+    ):
+        beyond = [number for number in getattr(debug, key) if not 0 <= number <= last]
+        if beyond and debug.profile_steps:
+            raise ConfigError(f"debug.{key} names {beyond[0]}, but with {what} there are 0 to {last}")
+    if debug.profile_steps and (debug.rollout_only or not debug.profile_ranks):
+        why = "debug.rollout_only has no trainer" if debug.rollout_only else "debug.profile_ranks is empty"
+        raise ConfigError(f"debug.profile_steps profiles trainer ranks, but {why}; leave debug.profile_steps out")
 
 
 def _check_objective(objective: ObjectiveConfig) -> None:
@@ -219,7 +270,7 @@ def check_discovery(config: Config) -> None:
     if config.deterministic:
         raise ConfigError("trials are not sampled by seed; set deterministic=false")
     if config.debug != DebugConfig():
-        raise ConfigError("debug.from_journal and debug.rollout_only are for train; leave them out")
+        raise ConfigError("the debug.* settings are for train; leave them out")
     if not discovery.methods:
         raise ConfigError("discovery.methods is empty; name one or more of best_of_k, multi_turn, sdpo")
     if len(set(discovery.methods)) < len(discovery.methods):

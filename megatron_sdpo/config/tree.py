@@ -57,6 +57,20 @@ class LayoutConfig:
     """Packed tokens of a micro-batch; a sequence longer than this has a micro-batch of its own."""
     head_chunk_tokens: int = 1024
     """Response tokens whose logits a rank holds at one time, forward and backward; changes memory, not results."""
+    gradient_accumulation_fusion: Literal["auto", "on", "off"] = "auto"
+    """Weight gradients are added up inside the matrix product, in fp32. auto: where apex's kernel for it is."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it (Megatron's recompute_granularity): nothing, parts of
+    each layer, or whole layers. Less memory, more time, the same results."""
+    recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"], ...] = ("core_attn",)
+    """selective: which parts."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """full. uniform: of every recompute_num_layers layers only what enters the first is kept; block: so of each of the
+    first recompute_num_layers of a pipeline stage, the others keep everything."""
+    recompute_num_layers: int = 1
+    """full: see recompute_method."""
+    distribute_saved_activations: bool = False
+    """full: tensor ranks divide what is kept among themselves, and gather it for the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +146,12 @@ class TeacherConfig:
     """ema: when it follows. A batch is scored before its first optimizer step in either case."""
     mixture: float = 0.01
     """trust_region: logits = (1 - mixture) * initial + mixture * current (paper eq. 10)."""
+    placement: Literal["swapped", "resident", "offloaded"] = "swapped"
+    """Where the fp32 weights of the teacher, and of the model of objective.kl_coefficient, are outside their passes;
+    changes no number. swapped: on the device (4 bytes a weight), cast into the model for each pass; a pass is long
+    beside that, so this is the default. resident: a cast copy stays beside them (2 bytes more in bf16), made anew after
+    an update only: with a distributed optimizer one gather an update instead of two a pass. offloaded: in host memory,
+    and moved one tensor at a time; so are the model's own weights during the pass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -325,12 +345,21 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DebugConfig:
-    """A part of a run by itself."""
+    """A part of a run by itself, and looking inside."""
 
     from_journal: str | None = None
     """Train on the groups of this folder (the attempts/ of another run), in order, without engines."""
     rollout_only: bool = False
     """Journal the attempts of all steps, by the weights of model.path, without a trainer."""
+    timeline: bool = False
+    """Write RUN_DIR/timeline.json for chrome://tracing or Perfetto: what every rank, the coordinator and the engines
+    did when."""
+    profile_steps: tuple[int, ...] = ()
+    """Batches, from 0, whose trainer phases are profiled: Chrome trace and table of operators in RUN_DIR/profile/."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Trainer ranks that profile_steps profiles."""
+    profile_details: bool = False
+    """With the operators' shapes and memory; slower."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

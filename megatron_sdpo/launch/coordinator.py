@@ -1,11 +1,13 @@
 """The coordinator's process: ``python -m megatron_sdpo.launch.coordinator RUN_DIR``."""
 
 import asyncio
+from functools import partial
 
 from megatron_sdpo import config as configuration
 from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config
 from megatron_sdpo.evaluate import evaluate
+from megatron_sdpo.launch.observation import DrawnSampler, drawn, timeline_of
 from megatron_sdpo.launch.role import play
 from megatron_sdpo.launch.run_dir import RunDir, wait_for
 from megatron_sdpo.loop import make_batch
@@ -14,7 +16,7 @@ from megatron_sdpo.rollout.fleet import read_address
 from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.rollout.prompts import PromptStream, check_lengths
 from megatron_sdpo.rollout.sampler import Sampler
-from megatron_sdpo.rollout.wire import serve
+from megatron_sdpo.rollout.wire import Handler, Kind, serve
 from megatron_sdpo.tasks import load_task
 from megatron_sdpo.types import Batch, Evaluation, Task
 
@@ -59,18 +61,20 @@ async def run(run_dir: RunDir) -> None:
     check_lengths(questions, tokens, config.rollout.max_new_tokens, config.model.max_length)
     router = wait_for(lambda: read_address(run_dir.path, "router"), "the engines", config.engine.start_timeout_s)
     async with EngineClient([router], token, config.engine.request_timeout_s) as client:
-        sampler = Sampler(
+        timeline = timeline_of(config, run_dir, "coordinator")
+        sampler = (Sampler if timeline is None else partial(DrawnSampler, timeline))(
             client, tokens, task, config.rollout.max_new_tokens, config.rollout.verify_workers, config.sampling_seed
         )
         coordinator = Coordinator(config, task, tokens, sampler, Journal(run_dir.attempts))
+        handlers: dict[Kind, Handler] = {
+            "batch": coordinator.batch,
+            "evaluate": coordinator.evaluate,
+            "published": coordinator.published,
+        }
         await serve(
             config.engine.host,
             token,
-            {
-                "batch": coordinator.batch,
-                "evaluate": coordinator.evaluate,
-                "published": coordinator.published,
-            },
+            drawn(handlers, timeline),
             listening=lambda url: run_dir.publish_address("coordinator", url),
         )
 

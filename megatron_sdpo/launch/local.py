@@ -16,6 +16,7 @@ from megatron_sdpo.config import Config
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.rollout import lifeline
 from megatron_sdpo.rollout.fleet import GRACE_S, Fleet, log_tail
+from megatron_sdpo.timeline import write_timeline
 
 POLL_S = 0.2
 GPU_DETERMINISM = {
@@ -84,6 +85,7 @@ def run_locally(config: Config, run_dir: RunDir, program: Program = TRAINING) ->
             _stop(roles)
             fleet.stop()
             _restore(lifeline_was)
+            write_timeline(run_dir.path)
 
 
 def _commands(program: Program, run_dir: RunDir, config: Config) -> dict[str, list[str]]:

@@ -17,6 +17,8 @@ from megatron_sdpo.config import Config, ConfigError
 _MAY_CHANGE = (
     *("steps", "run_dir", "name", "checkpoint.", "evaluation.", "tracking.", "publish.", "engine."),
     *("discovery.methods", "discovery.seeds"),
+    *("layout.recompute", "layout.distribute_saved_activations", "teacher.placement"),
+    *("debug.timeline", "debug.profile"),
 )
 """What a resumed run may change; anything else would make it another experiment under the same name."""
 
@@ -51,6 +53,15 @@ class RunDir:
     def failures(self) -> Path:
         """Batches that training stopped at: ``step-00000012.msgpack``, read by ``types.decode(data, Batch)``."""
         return self.path / "failures"
+
+    @property
+    def timeline(self) -> Path:
+        """Each process's part of it (``timeline.write_timeline``)."""
+        return self.path / "timeline"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
 
     @property
     def exported(self) -> Path:

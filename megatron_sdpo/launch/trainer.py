@@ -2,6 +2,7 @@
 
 import gc
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from megatron_sdpo import config as configuration
 from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config
+from megatron_sdpo.launch.observation import TrainerObservation
 from megatron_sdpo.launch.role import play
 from megatron_sdpo.launch.run_dir import RunDir, wait_for
 from megatron_sdpo.loop import as_batch, train
@@ -29,7 +31,7 @@ from megatron_sdpo.rollout.fleet import read_engines
 from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.rollout.wire import Argument, CoordinatorClient, Kind
 from megatron_sdpo.tracking import Tracker
-from megatron_sdpo.types import Batch, BatchSource, Evaluation, WeightsPublisher, encode
+from megatron_sdpo.types import Batch, BatchSource, EngineAddress, Evaluation, WeightsPublisher, encode
 
 COLLECTIVE_TIMEOUT_S = 7200.0
 """Ranks wait in a collective while rank 0 waits for generation, which may take long."""
@@ -120,33 +122,38 @@ def run(run_dir: RunDir) -> None:
     np.random.seed(config.seed)
     torch.use_deterministic_algorithms(config.deterministic)
     groups = parallel.initialize(config.layout, config.seed, COLLECTIVE_TIMEOUT_S)
+    observation = TrainerObservation(config, run_dir, groups.rank)
     learner = Learner(config, groups)
+    observation.watch(learner)
     resumed = checkpoint.load_latest(learner, run_dir.checkpoints)
     tracker = Tracker(config, run_dir.path, is_writer=groups.rank == 0)
     tracker.truncate_after(learner.step if resumed else -1)
-    source, publisher = _around(learner, run_dir, config, token)
+    source, publisher = _around(learner, run_dir, config, token, observation)
     if resumed and groups.rank == 0:
         print("\n".join(resumed_words(resumed, Journal(run_dir.attempts))), flush=True)
     checkpoints = DueCheckpoints(config, learner, run_dir)
     gc.collect()
     gc.freeze()  # a full collection looks through all modules, a quarter of a second, on one rank while the others wait
     try:
-        train(config, source, learner, publisher, checkpoints, tracker, Phases())
+        train(config, source, learner, publisher, checkpoints, tracker, Phases(observation.followers))
     except NonFiniteError as failure:  # on all ranks
         checkpoints.finish()
         raise kept(failure, run_dir, groups) from failure
     save_hf(learner.model, run_dir.exported, groups, config.layout, config.model.path)
     publisher.close()
     tracker.close()
+    observation.close()
     parallel.shutdown()
 
 
-def _around(learner: Learner, run_dir: RunDir, config: Config, token: str) -> tuple[BatchSource, WeightsPublisher]:
+def _around(
+    learner: Learner, run_dir: RunDir, config: Config, token: str, observation: TrainerObservation
+) -> tuple[BatchSource, WeightsPublisher]:
     """Where batches come from and weights go to."""
     if config.debug.from_journal is not None:
         return JournalSource(config, Journal(Path(config.debug.from_journal))), NoEngines()
     client = connect(run_dir, config, token, learner.groups)
-    return SharedSource(client, learner.groups), publisher_for(learner, run_dir, config, token)
+    return SharedSource(client, learner.groups), publisher_for(learner, run_dir, config, token, observation.control)
 
 
 def resumed_words(resumed: checkpoint.Resumed, journal: Journal) -> list[str]:
@@ -173,9 +180,15 @@ def connect(run_dir: RunDir, config: Config, token: str, groups: ParallelGroups)
     return client
 
 
-def publisher_for(learner: Learner, run_dir: RunDir, config: Config, token: str) -> Publisher:
+def publisher_for(
+    learner: Learner,
+    run_dir: RunDir,
+    config: Config,
+    token: str,
+    control: Callable[[EngineAddress, str, float], EngineControl] = EngineControl,
+) -> Publisher:
     """Sends the learner's weights to the engines of the run."""
-    engines = [EngineControl(a, token, config.publish.timeout_s) for a in read_engines(run_dir.path)]
+    engines = [control(a, token, config.publish.timeout_s) for a in read_engines(run_dir.path)]
     return Publisher(
         config.publish,
         learner.hf_config,

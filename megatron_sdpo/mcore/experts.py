@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -80,13 +81,18 @@ class Experts(MoELayer):
         """``[T, 1, H] -> [T, 1, H]``, and no bias."""
         if not self.same_tokens:
             return cast("tuple[Tensor, None]", super().forward(hidden_states, *args, **kwargs))
+        if self.moe_layer_recompute:  # as Megatron's forward does
+            return cast(Tensor, checkpoint(self._of_same_tokens, False, hidden_states)), None
+        return self._of_same_tokens(hidden_states), None
+
+    def _of_same_tokens(self, hidden_states: Tensor) -> Tensor:
         probs, routing_map = self.route(hidden_states)
         # Every rank's slices of the experts give a part of both gradients.
         hidden_states, probs = (_SumGradient.apply(x, self.tp_group) for x in (hidden_states, probs))
         tokens, probs = self.dispatch(*self.preprocess(hidden_states, probs, routing_map))
         output, _ = self.routed_experts_compute(tokens, probs)
         output = self.postprocess(self.combine(output), None)
-        return cast(Tensor, _Sum.apply(output, self.tp_group)), None
+        return cast(Tensor, _Sum.apply(output, self.tp_group))
 
 
 def with_experts(layer: Any) -> None:

@@ -47,9 +47,11 @@ class Learner:
         self.model = build_model(self.hf_config, config.layout, groups, getattr(torch, config.model.dtype))
         load_hf(self.model, config.model.path, groups, config.layout)
         self.wrapped, self.optimizer, self.weights = optim.wrap(self.model, config.optim, config.layout)
-        self.teacher = TeacherWeights(self.weights.masters(), config.teacher.kind, config.teacher.update_rate)
+        masters, placement = self.weights.masters(), config.teacher.placement
+        self.teacher = TeacherWeights(masters, config.teacher.kind, config.teacher.update_rate, placement)
         # Read from the model's directory at every start, so no checkpoint needs it.
-        self.reference = TeacherWeights(self.weights.masters(), "frozen") if config.objective.kl_coefficient else None
+        penalised = config.objective.kl_coefficient > 0
+        self.reference = TeacherWeights(masters, "frozen", placement=placement) if penalised else None
         tensor_ranks = groups.tensor_size if config.layout.sequence_parallel else 1
         self.row = RowCut(groups.context_rank, groups.context_size, tensor_ranks)
         self._count_multiple = groups.pipeline_size if config.layout.virtual_pipeline > 1 else 1

@@ -1,6 +1,8 @@
 """A Hugging Face config becomes one pipeline stage of a Megatron model that ends in hidden states."""
 
 import importlib.util
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,7 +19,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_sdpo.config import LayoutConfig
+from megatron_sdpo.config import ConfigError, LayoutConfig
 from megatron_sdpo.mcore import platform
 from megatron_sdpo.mcore.experts import with_experts
 from megatron_sdpo.mcore.groups import ParallelGroups
@@ -133,8 +135,9 @@ def transformer_config(hf: dict[str, Any], layout: LayoutConfig, dtype: torch.dt
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=_fuses_gradients(layout),
         **_experts(hf, grouped=fused),
+        **_recompute(hf, layout, fused),
     )
 
 
@@ -155,6 +158,46 @@ def _experts(hf: dict[str, Any], grouped: bool) -> dict[str, Any]:
     }
 
 
+def _fuses_gradients(layout: LayoutConfig) -> bool:
+    """Whether to use apex's kernel (not yet run on a GPU); ConfigError where it is asked for and not there.
+
+    Transformer Engine has one of its own, but the head is Megatron's linear in any case, which refuses to be built
+    without apex's.
+    """
+    exists = torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    if layout.gradient_accumulation_fusion == "on" and not exists:
+        raise ConfigError(
+            "layout.gradient_accumulation_fusion=on needs a GPU and apex's module fused_weight_gradient_mlp_cuda;"
+            " install the extra apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or set"
+            " layout.gradient_accumulation_fusion=off"
+        )
+    return exists and layout.gradient_accumulation_fusion != "off"
+
+
+def _recompute(hf: dict[str, Any], layout: LayoutConfig, transformer_engine: bool) -> dict[str, Any]:
+    """Megatron's settings of what the backward pass computes again; ConfigError for parts that the modules have not."""
+    if layout.recompute == "none":
+        return {}
+    if layout.recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": layout.recompute_method,
+            "recompute_num_layers": layout.recompute_num_layers,
+            "distribute_saved_activations": layout.distribute_saved_activations,
+        }
+    if "moe_act" in layout.recompute_modules and not transformer_engine:
+        raise ConfigError(
+            "layout.recompute_modules names moe_act, which only Transformer Engine's grouped experts can compute again;"
+            " install transformer-engine on a machine with a GPU, or name moe"
+        )
+    if "layernorm" in layout.recompute_modules and transformer_engine and "num_experts" not in hf:
+        raise ConfigError(  # Megatron would compute nothing again, and not say so
+            "layout.recompute_modules names layernorm, but Transformer Engine's layers hold their norms inside;"
+            " leave it out"
+        )
+    return {"recompute_granularity": "selective", "recompute_modules": list(layout.recompute_modules)}
+
+
 def build_model(hf: dict[str, Any], layout: LayoutConfig, groups: ParallelGroups, dtype: torch.dtype) -> Model:
     """This rank's stages, weights not yet loaded (their memory is not even set: call ``hf.load_hf``)."""
     config = transformer_config(hf, layout, dtype)
@@ -163,6 +206,7 @@ def build_model(hf: dict[str, Any], layout: LayoutConfig, groups: ParallelGroups
     for chunk in chunks:
         chunk.rotary_pos_emb.inv_freq = inverse_frequencies(hf)
         _mark_shards(chunk)
+        _keep_norms_when_scoring(chunk)
         chunk.to(platform.device())
     return chunks[0] if len(chunks) == 1 else Chunks(chunks)
 
@@ -205,6 +249,22 @@ def _mark_shards(model: torch.nn.Module) -> None:
         if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
             axis = 1 if isinstance(module, RowParallelLinear) else 0
             set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
+
+
+def _keep_norms_when_scoring(model: HiddenStatesModel) -> None:
+    """Recompute norms for a backward pass only: without one Megatron would keep what enters them for long."""
+    layer: Any
+    for layer in model.decoder.layers:
+        recomputed = [
+            name for name in ("recompute_input_layernorm", "recompute_pre_mlp_layernorm") if getattr(layer, name)
+        ]
+        if recomputed:
+            layer.register_forward_pre_hook(partial(_as_gradients_are_wanted, recomputed))
+
+
+def _as_gradients_are_wanted(switches: Sequence[str], layer: torch.nn.Module, _: Any) -> None:
+    for name in switches:
+        setattr(layer, name, torch.is_grad_enabled())
 
 
 def _transformer_engine() -> bool:

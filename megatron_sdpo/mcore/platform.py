@@ -2,7 +2,7 @@
 
 Megatron spells "cuda" in its source. Where torch sees no CUDA device, ``redirect_torch`` (before
 megatron is imported) and ``redirect_megatron`` (before a model is built) send these places to the
-CPU, for the whole process; where there is a device, both do nothing. Training and sharded
+CPU, for the whole process; where there is a device, they leave these places alone. Training and sharded
 checkpoints are covered, Megatron's inference engines are not.
 """
 
@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -56,9 +57,12 @@ def redirect_torch() -> None:
 @functools.cache
 def redirect_megatron() -> None:
     """The redirections inside megatron's own modules; call once megatron may be imported."""
+    import megatron.core.tensor_parallel.random as random
+
+    if not random.HAVE_TE:
+        _without_fp8(random)
     if torch.cuda.is_available():
         return
-    import megatron.core.tensor_parallel.random as random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -73,6 +77,12 @@ def redirect_megatron() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
+
+
+def _without_fp8(random: Any) -> None:
+    """0.16.1 asks Transformer Engine about FP8 wherever it recomputes a norm: without it a NameError."""
+    random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=_returns(False))
+    random.activation_recompute_forward = random.fp8_autocast = lambda **_: contextlib.nullcontext()
 
 
 def _returns(value: Any = None) -> Callable[..., Any]:

@@ -7,8 +7,8 @@ parameter that it owns, and a parameter of which it owns nothing has none.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sdpo.teacher import Parameters, Places, check_shapes
+from megatron_sdpo.teacher import Parameters, Places, check_shapes, on_host
 
 
 class Weights(Places):
@@ -143,17 +143,24 @@ class DividedWeights(Weights):
         for chunk in self._chunks:
             chunk.start_param_sync(force_sync=True)
 
-    @contextmanager
-    def holding(self, weights: Sequence[Tensor]) -> Iterator[None]:
+    def holding(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
         """The parameter buffers hold ``weights``: each rank casts its pieces into them and all are gathered.
 
         Beside the buffers only this rank's pieces of the student are kept, in the model's dtype (under fp32 they are
         the master weights themselves), and put back and gathered afterwards.
         """
+        return self._holding(weights, torch.clone)
+
+    def overwritten(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """As ``holding``, with the pieces of the student in host memory."""
+        return self._holding(weights, on_host)
+
+    @contextmanager
+    def _holding(self, weights: Sequence[Tensor], set_aside: Callable[[Tensor], Tensor]) -> Iterator[None]:
         inside = [piece.of(piece.parameter) for piece in self._pieces]
         check_shapes(weights, inside)
         self.gather()  # else a gather that is under way would be taken for that of the new weights
-        own = [piece.clone() for piece in inside]
+        own = [set_aside(piece) for piece in inside]
         try:
             self._write(inside, weights)
             yield
@@ -165,3 +172,25 @@ class DividedWeights(Weights):
         for piece, value in zip(inside, values, strict=True):
             piece.copy_(value)
         self.gather()
+
+    @torch.no_grad()
+    def copies(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Gathered over the data ranks, which must call it together; the buffers are not touched."""
+        check_shapes(weights, [piece.master for piece in self._pieces])
+        whole: dict[Tensor, Tensor] = {}
+        for buffer in self._buffers:
+            for bucket in buffer.buckets:
+                flat = torch.empty_like(bucket.param_data)
+                mine = flat.new_zeros(len(flat) // buffer.data_parallel_group.size())
+                for piece, values in zip(self._pieces, weights, strict=True):
+                    if piece.bucket is bucket:
+                        mine[piece.place] = values
+                dist.all_gather_into_tensor(flat, mine, group=buffer.data_parallel_group)
+                for parameter in bucket.params_list:
+                    start = buffer.param_index_map[parameter][0] - bucket.offset
+                    whole[parameter] = flat[start : start + parameter.numel()].view(parameter.shape)
+        return [whole[parameter] for parameter in self.named.values()]
+
+    def showing(self, copies: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """A gather of the model's own weights that is under way goes on, into the buffers."""
+        return Parameters(list(self.named.values())).showing(copies)

@@ -15,6 +15,7 @@ from megatron_sdpo.config import Config, ConfigError, fields_by_name
 from megatron_sdpo.report.figures import PHASES, curve_png, curve_svg
 from megatron_sdpo.report.page import render, write
 from megatron_sdpo.report.record import RunRecord, read_run
+from megatron_sdpo.timeline import write_timeline
 from megatron_sdpo.types import Group
 
 ATTEMPTS_PER_GROUP = 4
@@ -22,12 +23,13 @@ MILESTONES = (0.5, 0.8, 0.9)
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write ``run_dir/report.html`` and ``run_dir/curve.png``; returns the page's path.
+    """Write ``run_dir/report.html``, ``run_dir/curve.png`` and a timeline where there is one; returns the page's path.
 
     Raises ConfigError when ``run_dir`` is no run directory.
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir)
+    write_timeline(run_dir)
     curve_png([run], run_dir / "curve.png")
     changed, default = _settings(run.config)
     page = render(

@@ -68,9 +68,7 @@ class Sampler:
         generated_at: list[float] = []
 
         async def one(ask: Asked) -> Group:
-            attempts = await self._attempts(ask)
-            generated_at.append(time.perf_counter())
-            group = Group(ask.step, ask.slot, ask.question, attempts, await self._verdicts(ask.question, attempts))
+            group = await self._group(ask, lambda: generated_at.append(time.perf_counter()))
             finished(group)
             return group
 
@@ -81,6 +79,12 @@ class Sampler:
             "time/generate": max(generated_at) - began,
             "time/verify": ended - max(generated_at),
         }
+
+    async def _group(self, ask: Asked, generated: Callable[[], None]) -> Group:
+        """``generated`` is called when the attempts are there, and not yet judged."""
+        attempts = await self._attempts(ask)
+        generated()
+        return Group(ask.step, ask.slot, ask.question, attempts, await self._verdicts(ask.question, attempts))
 
     async def _attempts(self, ask: Asked) -> tuple[Attempt, ...]:
         prompt_ids = self._tokens.prompt_ids(ask.question.messages)
