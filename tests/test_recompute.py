@@ -17,7 +17,7 @@ from tests.learner_setup import make_batch, make_config, make_learner, write_mod
 from tests.recompute_setup import LAYERS, SETTINGS, calls_of_training, check_same, learner_of, long_batch, two_batches
 from tools.live_memory import peak_bytes
 
-MOST = {"core_attn": 0.96, "mlp": 0.7, "moe": 0.82, "layernorm": 0.95, "together": 0.85}
+MOST = {"core_attn": 0.96, "mlp": 0.75, "moe": 0.82, "layernorm": 0.95, "together": 0.85}
 MOST |= {"uniform": 0.25, "uniform-2": 0.35, "block": 0.92}
 """Peak memory of a training pass, as a share of that without recomputation."""
 TWO_RANKS = (

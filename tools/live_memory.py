@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 class LiveMemory(TorchDispatchMode):
     """Within the block, bytes of storages that operations create, forward and backward; earlier ones do not count.
 
-    ``peak`` is the most that was alive at one time, ``live`` what is. Scratch memory inside one kernel is not seen.
+    ``peak`` is the most that was alive at one time, ``live`` what is. Scratch memory inside one kernel is not seen; a
+    storage that is emptied by hand, as by activation recompute, counts as gone from the next operation on.
 
     Example:
         with LiveMemory() as memory:
@@ -25,10 +26,12 @@ class LiveMemory(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self._known: dict[int, Any] = {}
+        self._sizes: dict[int, tuple[Any, int]] = {}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        self._look_again()
         for x in tree_leaves((args, kwargs)):
             self._see(x, 0)  # made before the block, or by nobody who can be watched
         out = func(*args, **(kwargs or {}))
@@ -44,12 +47,22 @@ class LiveMemory(TorchDispatchMode):
         if key in self._known:
             return
         size = storage.nbytes() * made_here
-        self._known[key] = weakref.finalize(storage, self._freed, key, size)
+        self._known[key] = weakref.finalize(storage, self._freed, key)
+        if made_here:
+            self._sizes[key] = (weakref.ref(storage), size)
         self.live += size
         self.peak = max(self.peak, self.live)
 
-    def _freed(self, key: int, size: int) -> None:
+    def _look_again(self) -> None:
+        for key, (reference, size) in list(self._sizes.items()):
+            storage = reference()
+            if storage is not None and storage.nbytes() != size:
+                self._sizes[key] = (reference, storage.nbytes())
+                self.live += storage.nbytes() - size
+
+    def _freed(self, key: int) -> None:
         del self._known[key]
+        _, size = self._sizes.pop(key, (None, 0))
         self.live -= size
 
 

@@ -88,7 +88,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_Thd: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _turned(grad_Thd, *ctx.saved_tensors, -1.0), None, None
+        cos_TD, sin_TD = ctx.saved_tensors
+        return _turned(grad_Thd, cos_TD, sin_TD, -1.0), None, None
 
 
 def rotate(x_Thd: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
