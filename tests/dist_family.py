@@ -73,7 +73,7 @@ def _saved(folder: Path, model: str, groups: ParallelGroups, layout: LayoutConfi
 
 def _sent(folder: Path, model: str, groups: ParallelGroups, layout: LayoutConfig) -> dict[str, Tensor]:
     learner = make_learner(make_config(folder / model, (), layout), groups)
-    own = canonical_parameters(learner.model)
+    own = canonical_parameters(learner.model, groups)
     buckets = plan(learner.hf_config, groups.pipeline_size, 4, 20_000)
     pairs = [pair for bucket in buckets for pair in gather(bucket, own, learner.hf_config, groups)]
     return {name: tensor.clone() for name, tensor in pairs}

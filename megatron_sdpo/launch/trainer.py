@@ -177,7 +177,7 @@ def publisher_for(learner: Learner, run_dir: RunDir, config: Config, token: str)
         config.publish,
         learner.hf_config,
         learner.groups,
-        canonical_parameters(learner.model),
+        canonical_parameters(learner.model, learner.groups),
         engines,
         config.engine.host,
         learner.log_probs,
