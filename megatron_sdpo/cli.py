@@ -162,7 +162,7 @@ def report(arguments: argparse.Namespace) -> None:
 def _config(arguments: argparse.Namespace) -> Config:
     overrides = list(arguments.overrides)
     if arguments.layout is not None:
-        overrides = [*_layout_overrides(arguments.layout), *overrides]
+        overrides = [*layout_overrides(arguments.layout), *overrides]
     if arguments.run_dir is not None:
         overrides.append(f"run_dir={arguments.run_dir}")
     config = configuration.apply_overrides(recipe(arguments.recipe), overrides)
@@ -186,7 +186,8 @@ def _discovery_config(arguments: argparse.Namespace) -> Config:
     return dataclasses.replace(config, steps=config.discovery.budget // config.rollout.attempts_per_prompt)
 
 
-def _layout_overrides(name: str) -> list[str]:
+def layout_overrides(name: str) -> list[str]:
+    """The ``layout.*`` keys that a name such as ``tp2spep2et1`` is short for."""
     match = _LAYOUT.fullmatch(name)
     if not name or match is None:
         raise ConfigError(

@@ -172,8 +172,8 @@ def _check_experts(layout: LayoutConfig) -> None:
         )
     if layout.expert_parallel == 1:
         raise ConfigError(
-            "layout.expert_tensor_parallel=1 makes tensor ranks hold different experts, but layout.expert_parallel is 1;"
-            f" set layout.expert_parallel={layout.tensor_parallel}, or layout.expert_tensor_parallel=none"
+            "layout.expert_tensor_parallel=1 makes tensor ranks hold different experts, but layout.expert_parallel is"
+            f" 1; set layout.expert_parallel={layout.tensor_parallel}, or layout.expert_tensor_parallel=none"
         )
 
 

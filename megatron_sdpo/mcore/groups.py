@@ -147,8 +147,8 @@ def _check_backend(layout: LayoutConfig) -> None:
     uneven = layout.expert_parallel > 1 and layout.expert_tensor > 1 and layout.sequence_parallel
     if uneven and platform.backend() == "gloo":
         raise ConfigError(
-            f"layout.expert_parallel {layout.expert_parallel} with sequence_parallel and {layout.expert_tensor} slices of"
-            " each expert gathers different numbers of tokens over tensor ranks, which gloo cannot; set"
+            f"layout.expert_parallel {layout.expert_parallel} with sequence_parallel and {layout.expert_tensor} slices"
+            " of each expert gathers different numbers of tokens over tensor ranks, which gloo cannot; set"
             " layout.expert_tensor_parallel=1"
         )
 
@@ -182,6 +182,7 @@ def _groups(virtual_size: int) -> ParallelGroups:
     data_context: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
     model_parallel: Any = parallel_state.get_model_parallel_group()
     expert: Any = parallel_state.get_expert_model_parallel_group()
+    expert_data: Any = parallel_state.get_expert_data_parallel_group()
     expert_tensor: Any = parallel_state.get_expert_tensor_parallel_group()
     return ParallelGroups(
         world=world,
@@ -192,7 +193,7 @@ def _groups(virtual_size: int) -> ParallelGroups:
         data_context=data_context,
         model_parallel=model_parallel,
         expert=expert,
-        expert_data=parallel_state.get_expert_data_parallel_group(),
+        expert_data=expert_data,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tensor_rank=tensor.rank(),

@@ -70,6 +70,8 @@ def _whole(parameter: Parameter, shards: Sequence[Tensor], hf_config: Mapping[st
     for tensor, parts in zip(parameter.tensors, zip(*pieces, strict=True), strict=True):
         whole = names.join(tensor, parts)
         if tuple(whole.shape) != tensor.shape:
-            raise ValueError(f"{parameter.local} gives {tensor.name} the shape {tuple(whole.shape)}, not {tensor.shape}")
+            raise ValueError(
+                f"{parameter.local} gives {tensor.name} the shape {tuple(whole.shape)}, not {tensor.shape}"
+            )
         pairs.append((tensor.name, whole))
     return pairs
