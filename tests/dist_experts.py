@@ -43,6 +43,14 @@ CASES: dict[str, tuple[str, Overrides]] = {
     "bf16-sdpo": (MODEL, ("model.dtype=bfloat16", *_SMALL)),
 }
 """Name -> (model, overrides)."""
+LAYOUTS = {
+    "dp2ep2-overlap": tuple(CASES),
+    "tp2ep2et1-sp": ("sdpo", "grpo"),
+    "cp2ep2-do": ("sdpo", "idle"),
+    "pp2vp2": ("sdpo", "next-token"),
+    "tp2": ("sdpo", "grpo"),
+}
+"""Two ranks -> cases. Others, which take minutes, have all cases."""
 SAVED = {"dp2ep2-overlap": "bfloat16", "tp2ep2et1-sp": "float32"}
 """Layout -> the dtype in which its checkpoint is written."""
 TAKEN_OVER = {
@@ -52,6 +60,10 @@ TAKEN_OVER = {
     "tp2": ("dp2ep2-overlap",),
 }
 """Layout -> (whose checkpoints it loads, saves again, and continues)."""
+
+
+def cases_of(layout: str) -> dict[str, tuple[str, Overrides]]:
+    return {case: CASES[case] for case in LAYOUTS.get(layout, CASES)}
 
 
 def write_idle(folder: Path) -> None:
@@ -118,10 +130,11 @@ def main() -> None:
     for name in sys.argv[2:]:
         layout, out = parse(name), folder / name
         groups = initialize(layout, seed=0, timeout_s=60)
-        run_cases(folder, groups, layout, out, CASES)
+        run_cases(folder, groups, layout, out, cases_of(name))
         torch.save(sent(folder, groups, layout), out / f"sent-{groups.rank}.pt")
         if name in SAVED:
             save_run(folder, name, groups, layout)
+        if name == "dp2ep2-overlap":
             check_reset(folder / MODEL, ("optim.mini_batches=2",), groups, layout)
         for run in TAKEN_OVER.get(name, ()):
             take_over(folder, run, groups, layout, out / run)

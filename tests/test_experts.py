@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.parallel_state import RankGenerator
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -22,18 +24,33 @@ from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
 from megatron_sdpo.mcore.hf import load_hf
 from megatron_sdpo.mcore.model import build_model
 from megatron_sdpo.mcore.streaming import export_hf
+from megatron_sdpo.tracking import read_metrics
+from recipes.minipipe import BASE_MODEL
 from tests.dist_checkpoint import differences
-from tests.dist_experts import CASES, IDLE, LAYERS, MODEL, SAVED, TAKEN_OVER, dtype_of, save_run, take_over, write_idle
+from tests.dist_experts import (
+    CASES,
+    IDLE,
+    LAYERS,
+    LAYOUTS,
+    MODEL,
+    SAVED,
+    TAKEN_OVER,
+    cases_of,
+    dtype_of,
+    save_run,
+    take_over,
+    write_idle,
+)
 from tests.dist_learner import BATCHES, parse, run_cases
 from tests.launch import run_ranks
 from tests.learner_setup import comparable, write_models
 from tests.same_numbers import TOLERANCE, check_case
+from tests.test_end_to_end import start
 from tests.tiny_model import write_tiny_checkpoint
 
 BF16_WEIGHT_TOLERANCE = 0.5
 """See ``tests/same_numbers.py``. 0.37 found, where tensor ranks divide experts or not: in bf16 more is left to rounding
 than in a dense model, a token's choice of experts too."""
-LAYOUTS = ("dp2ep2-overlap", "tp2ep2et1-sp", "cp2ep2-do", "pp2vp2", "tp2")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +84,7 @@ def two_ranks(folder: Path, single: Path) -> Path:
 
 def _check_layout(folder: Path, layout: str) -> None:
     """Trained like one process; what its ranks would publish is the checkpoint, each tensor once, to the bit."""
-    for case in CASES:
+    for case in cases_of(layout):
         check_case(folder / layout / case, folder / "single" / case, folder / CASES[case][0], BF16_WEIGHT_TOLERANCE)
     parts = [torch.load(file) for file in sorted((folder / layout).glob("sent-*.pt"))]
     assert len(parts) == parse(layout).world_size
@@ -98,7 +115,7 @@ def test_experts_that_see_no_token_only_decay(folder: Path, single: Path) -> Non
 @pytest.mark.parametrize(
     "layouts",
     [
-        ("dp2ep2", "dp2ep2-do", "tp2-sp", "cp2", "dp2-overlap", "pp2", "dp2-do"),
+        ("dp2ep2", "dp2ep2-do", "dp2ep2-reduce", "tp2-sp", "cp2", "dp2-overlap", "pp2", "dp2-do"),
         ("pp2dp2ep2", "tp2dp2ep2et1-sp", "tp2dp2ep2", "dp4ep2-do"),
         ("tp2dp2ep4et1-sp-do", "cp2dp2ep2-overlap", "pp2vp2dp2ep2-do", "tp2pp2ep2et1-sp"),
     ],
@@ -156,6 +173,34 @@ def test_one_process_takes_over_and_exports_what_two_saved(two_ranks: Path, grou
     hf, found = read_hf_config(two_ranks / MODEL), checkpoint.find(two_ranks / run / "checkpoints", None)
     export_hf(found, hf, dtype, groups, out / "hf", two_ranks / MODEL, lambda _: None)
     assert differences(load_file(out / "hf" / "model.safetensors"), load_file(saved / "model.safetensors")) == []
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("pipeline", [1, 2])
+@pytest.mark.parametrize("expert", [1, 2, 4])
+def test_holders_are_megatrons_first_copy(
+    groups: ParallelGroups, tensor: int, whole: bool, pipeline: int, expert: int
+) -> None:
+    """16 ranks: every expert is shown by one copy of it, whole, in the order of its slices."""
+    slices = 1 if whole else tensor
+    sizes = {"tp": slices, "ep": expert, "dp": 16 // (slices * expert * pipeline), "pp": pipeline, "cp": 1}
+    theirs = RankGenerator(**sizes, order="tp-cp-ep-dp-pp")
+    copies = [ranks[0] for ranks in theirs.get_ranks("dp")]  # the first of all ranks with the same experts
+    here = replace(
+        groups,
+        tensor_size=tensor,
+        pipeline_size=pipeline,
+        data_size=16 // (tensor * pipeline),
+        expert_size=expert,
+        expert_tensor_size=slices,
+    )
+    found = [here.holders(stage, True, rank) for stage in range(pipeline) for rank in range(expert)]
+    assert sorted(rank for ranks in found for rank in ranks) == sorted(copies)
+    assert all(ranks in theirs.get_ranks("tp") for ranks in found)
+    assert [here.holders(stage, False, 0) for stage in range(pipeline)] == [
+        [16 // pipeline * s] for s in range(pipeline)
+    ]
 
 
 def test_uneven_gathers_are_refused_where_they_cannot_be() -> None:
@@ -230,3 +275,26 @@ def test_a_dense_model_has_no_experts(tmp_path: Path) -> None:
     (path / "config.json").write_text(json.dumps(settings | {"num_experts": 8}))
     with pytest.raises(ConfigError, match="num_experts=8, which this package does not know"):
         read_hf_config(path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_trains_experts_of_two_ranks(tmp_path: Path) -> None:
+    """With a real engine, whose log-probs are the trainer's after every step."""
+    path = write_tiny_checkpoint(tmp_path / "model", seed=1, family="qwen3_moe", kv_heads=2)
+    for file in Path(BASE_MODEL).iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            shutil.copy(file, path)
+    run_dir = tmp_path / "run"
+    sizes = ["steps=2", "rollout.prompts_per_step=4", "rollout.attempts_per_prompt=4", "evaluation.every=0"]
+    run = start(run_dir, f"model.path={path}", "--layout=ep2dp2do", "engine.start_timeout_s=300", *sizes)
+    try:
+        assert run.wait(500) == 0, run.errors.read_text()
+    finally:
+        run.kill()
+    rows = read_metrics(run_dir)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all((row["sync/probe_gap"] or 1.0) < 1e-4 and (row["optim/grad_norm"] or 0.0) > 0.0 for row in rows)
+    before, after = (load_file(folder / "model.safetensors") for folder in (path, run_dir / "hf"))
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
