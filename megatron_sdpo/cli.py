@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import math
 import re
 import signal
 import sys
@@ -26,12 +27,14 @@ from megatron_sdpo.tracking import read_metrics
 from recipes import recipe, recipes
 
 _LAYOUT = re.compile(
-    r"(?:tp(?P<tp>\d+)(?P<sp>sp)?)?(?:pp(?P<pp>\d+)(?:vp(?P<vp>\d+))?)?(?:cp(?P<cp>\d+))?(?:dp(?P<dp>\d+)(?P<do>do)?)?"
+    r"(?:tp(?P<tp>\d+)(?P<sp>sp)?)?(?:pp(?P<pp>\d+)(?:vp(?P<vp>\d+))?)?(?:cp(?P<cp>\d+))?"
+    r"(?:ep(?P<ep>\d+)(?:et(?P<et>\d+))?)?(?:dp(?P<dp>\d+)(?P<do>do)?)?"
 )
-_LAYOUT_KEYS = {"tp": "tensor", "pp": "pipeline", "cp": "context"}
+_LAYOUT_KEYS = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert"}
 _LAYOUT_HELP = (
-    "trainer ranks by kind, in this order: tp2 (tp2sp: with sequence parallelism), pp2 (pp2vp2: interleaved), cp2, dp2"
-    " (dp2do: with the distributed optimizer), e.g. tp2pp2, tp1 (short for layout.* keys)"
+    "trainer ranks by kind, in this order: tp2 (tp2sp: with sequence parallelism), pp2 (pp2vp2: interleaved), cp2, ep2"
+    " (ep2et1: each expert whole; ranks of tp, cp and dp hold the experts, as many dp as that takes), dp2 (dp2do: with"
+    " the distributed optimizer), e.g. tp2pp2, tp1 (short for layout.* keys)"
 )
 
 
@@ -159,7 +162,7 @@ def report(arguments: argparse.Namespace) -> None:
 def _config(arguments: argparse.Namespace) -> Config:
     overrides = list(arguments.overrides)
     if arguments.layout is not None:
-        overrides = [*_layout_overrides(arguments.layout), *overrides]
+        overrides = [*layout_overrides(arguments.layout), *overrides]
     if arguments.run_dir is not None:
         overrides.append(f"run_dir={arguments.run_dir}")
     config = configuration.apply_overrides(recipe(arguments.recipe), overrides)
@@ -183,19 +186,24 @@ def _discovery_config(arguments: argparse.Namespace) -> Config:
     return dataclasses.replace(config, steps=config.discovery.budget // config.rollout.attempts_per_prompt)
 
 
-def _layout_overrides(name: str) -> list[str]:
+def layout_overrides(name: str) -> list[str]:
+    """The ``layout.*`` keys that a name such as ``tp2spep2et1`` is short for."""
     match = _LAYOUT.fullmatch(name)
     if not name or match is None:
         raise ConfigError(
-            f"--layout {name!r} is not a layout; write tp2, pp2, tp2pp2, tp1 or the like: tp2sp, pp2vp2, cp2, dp2do in"
-            " this order"
+            f"--layout {name!r} is not a layout; write tp2, pp2, tp2pp2, tp1 or the like: tp2sp, pp2vp2, cp2, ep2,"
+            " dp2do in this order"
         )
     found = match.groupdict()
-    sizes = {kind: int(found[kind] or 1) for kind in ("tp", "pp", "cp", "dp", "vp")}
+    sizes = {kind: int(found[kind] or 1) for kind in ("tp", "pp", "cp", "dp", "vp", "ep")}
+    if found["dp"] is None:  # the fewest that make ranks for all experts
+        holders, others = sizes["ep"] * int(found["et"] or sizes["tp"]), sizes["tp"] * sizes["cp"]
+        sizes["dp"] = max(1, holders // max(1, math.gcd(holders, others)))
     return [
         *(f"layout.{key}_parallel={sizes[kind]}" for kind, key in _LAYOUT_KEYS.items()),
         f"layout.virtual_pipeline={sizes['vp']}",
         f"layout.sequence_parallel={json.dumps(found['sp'] is not None)}",
+        *([f"layout.expert_tensor_parallel={found['et']}"] if found["et"] else []),
         *(["layout.distributed_optimizer=true"] if found["do"] else []),
         f"layout.world_size={sizes['tp'] * sizes['pp'] * sizes['cp'] * sizes['dp']}",
     ]
@@ -209,6 +217,9 @@ def _layout_words(config: Config) -> str:
     )
     if layout.context_parallel > 1:
         words.append(f"cp{layout.context_parallel}")
+    if layout.expert_parallel > 1:
+        slices = f"et{layout.expert_tensor}" if layout.expert_tensor != layout.tensor_parallel else ""
+        words.append(f"ep{layout.expert_parallel}{slices}")
     return f"{' x '.join(words)} on {layout.world_size} rank(s)"
 
 

@@ -170,8 +170,9 @@ def check_model(config: Config, model: dict[str, Any]) -> None:
     sizes = {
         "attention heads": model["num_attention_heads"],
         "key-value heads": model.get("num_key_value_heads", model["num_attention_heads"]),
-        "MLP units": model.get("moe_intermediate_size", model["intermediate_size"]),
     }
+    if config.layout.expert_tensor == tp:  # else tensor ranks hold whole experts
+        sizes["MLP units"] = model.get("moe_intermediate_size", model["intermediate_size"])
     for what, size in sizes.items():
         if size % tp:
             raise ConfigError(
@@ -200,19 +201,22 @@ def check_model(config: Config, model: dict[str, Any]) -> None:
 
 
 def _check_experts_layout(config: Config, model: dict[str, Any]) -> None:
-    """Refuse layouts under which a mixture of experts was never compared with one process."""
-    layout = config.layout
-    untried = {
-        "sequence_parallel": layout.sequence_parallel,
-        "distributed_optimizer": layout.distributed_optimizer,
-        "context_parallel": layout.context_parallel > 1,
-        "virtual_pipeline": layout.virtual_pipeline > 1,
-    }
-    asked = [f"layout.{name}" for name, is_asked in untried.items() if is_asked]
-    if "num_experts" in model and asked:
+    """Refuse to divide experts that a model has not, or not evenly."""
+    layout, experts = config.layout, model.get("num_experts")
+    if experts is None and layout.expert_parallel > 1:
         raise ConfigError(
-            f"{' and '.join(asked)} cannot be had with a mixture of experts yet; use tensor, pipeline and plain data"
-            " parallelism"
+            f"layout.expert_parallel {layout.expert_parallel} divides the experts of a layer, but the model is dense;"
+            " set layout.expert_parallel=1"
+        )
+    if experts is None and layout.expert_tensor != layout.tensor_parallel:
+        raise ConfigError(
+            f"layout.expert_tensor_parallel {layout.expert_tensor} is about experts, but the model is dense; set"
+            " layout.expert_tensor_parallel=none"
+        )
+    if experts is not None and experts % layout.expert_parallel:
+        raise ConfigError(
+            f"layout.expert_parallel {layout.expert_parallel} does not divide the model's {experts} experts; set a"
+            f" divisor of {experts}"
         )
 
 

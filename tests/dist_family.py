@@ -1,4 +1,4 @@
-"""Worker of test_padded_vocabulary.py and test_experts.py: train, export, publish and save models on two ranks.
+"""Worker of test_padded_vocabulary.py: train, export, publish and save models on two ranks.
 
 Arguments: layout folder model... (tp2pp1dp1). Reads folder/MODEL; writes, in folder/LAYOUT, MODEL/CASE (the exported
 models), MODEL.pt (metrics), MODEL-sent-STAGE.pt (what would be published), checkpoints/MODEL after one batch, and
@@ -36,11 +36,6 @@ CASES: dict[str, tuple[str, ...]] = {
 }
 
 
-def cases_of(model: str) -> list[str]:
-    """What a mixture of experts has in common with a dense model is tested there."""
-    return ["top-k"] if "moe" in model else list(CASES)
-
-
 def train_cases(
     folder: Path, model: str, groups: ParallelGroups, layout: LayoutConfig, out: Path, cases: Sequence[str]
 ) -> dict[str, list[dict[str, float]]]:
@@ -73,7 +68,7 @@ def _saved(folder: Path, model: str, groups: ParallelGroups, layout: LayoutConfi
 
 def _sent(folder: Path, model: str, groups: ParallelGroups, layout: LayoutConfig) -> dict[str, Tensor]:
     learner = make_learner(make_config(folder / model, (), layout), groups)
-    own = canonical_parameters(learner.model)
+    own = canonical_parameters(learner.model, groups)
     buckets = plan(learner.hf_config, groups.pipeline_size, 4, 20_000)
     pairs = [pair for bucket in buckets for pair in gather(bucket, own, learner.hf_config, groups)]
     return {name: tensor.clone() for name, tensor in pairs}
@@ -86,8 +81,7 @@ def main() -> None:
     out = folder / name
     for model in sys.argv[3:]:
         sent = _sent(folder, model, groups, layout)
-        cases = cases_of(model)
-        metrics = train_cases(folder, model, groups, layout, out, cases)
+        metrics = train_cases(folder, model, groups, layout, out, list(CASES))
         learner = _saved(folder, model, groups, layout, out)
         save_hf(learner.model, out / f"{model}-saved", groups, layout, folder / model)
         after = learn(learner, make_batch(1))

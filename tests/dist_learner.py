@@ -7,6 +7,7 @@ the trained model and metrics.json (what each of three ``train`` calls said).
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from tests.learner_setup import MODELS, kv_heads, learn, make_batch, make_config
 BATCHES = 3
 BUDGETS = (4096, 64, 1)
 """Tokens of a micro-batch: all sequences together; several; each alone."""
-_CASES: dict[str, tuple[str, tuple[str, ...]]] = {
+Overrides = tuple[str, ...]
+_CASES: dict[str, tuple[str, Overrides]] = {
     "sdpo-sequence-mean": ("llama", ("objective.aggregation=sequence_mean", "objective.alpha=1")),
     "sdpo-mini-batches": (
         "llama",
@@ -62,16 +64,17 @@ CASES = {
 """Name -> (model, overrides)."""
 
 
-def cases_of(layout: LayoutConfig) -> list[str]:
+def cases_of(layout: LayoutConfig) -> dict[str, tuple[str, Overrides]]:
     """Those whose model has a layer for every stage and a key-value head for every tensor rank."""
     stages, ranks = layout.pipeline_parallel * layout.virtual_pipeline, layout.tensor_parallel
-    return [case for case, (model, _) in CASES.items() if MODELS[model] % stages == 0 == kv_heads(model) % ranks]
+    return {k: case for k, case in CASES.items() if MODELS[case[0]] % stages == 0 == kv_heads(case[0]) % ranks}
 
 
-def run_cases(folder: Path, groups: ParallelGroups, layout: LayoutConfig, out: Path) -> None:
+def run_cases(
+    folder: Path, groups: ParallelGroups, layout: LayoutConfig, out: Path, cases: Mapping[str, tuple[str, Overrides]]
+) -> None:
     """Train each case from the start; every rank must report the same metrics."""
-    for case in cases_of(layout):
-        model, overrides = CASES[case]
+    for case, (model, overrides) in cases.items():
         config = make_config(folder / model, overrides, layout)
         learner = make_learner(config, groups, folder / f"{model}-teacher")
         metrics = [learn(learner, make_batch(step)) for step in range(BATCHES)]
@@ -98,7 +101,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 
 def parse(name: str) -> LayoutConfig:
-    """Sizes of more than one and switches: ``tp2``, ``pp2vp2``, ``tp2cp2-sp-do``."""
+    """Sizes of more than one and switches: ``tp2``, ``pp2vp2``, ``tp2cp2-sp-do``, ``dp2ep2`` (of experts: no more
+    ranks)."""
     sizes, *switches = name.split("-")
     size = {kind: int(count) for kind, count in re.findall(r"([a-z]+)(\d+)", sizes)}
     tp, pp, dp, cp, vp = (size.get(kind, 1) for kind in ("tp", "pp", "dp", "cp", "vp"))
@@ -108,6 +112,8 @@ def parse(name: str) -> LayoutConfig:
         pipeline_parallel=pp,
         virtual_pipeline=vp,
         context_parallel=cp,
+        expert_parallel=size.get("ep", 1),
+        expert_tensor_parallel=size.get("et"),
         world_size=tp * pp * dp * cp,
         **more,
     )
@@ -118,7 +124,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     for name in sys.argv[2:]:
         groups = initialize(parse(name), seed=0, timeout_s=60)
-        run_cases(folder, groups, parse(name), folder / name)
+        run_cases(folder, groups, parse(name), folder / name, cases_of(parse(name)))
         parallel_state.destroy_model_parallel()
     shutdown()
 

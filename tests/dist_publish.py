@@ -54,7 +54,7 @@ class Ranks:
 
     def publisher(self, **settings: Any) -> Publisher:
         """A new one, with new controls, whose timeout is the configuration's as in a real trainer."""
-        own = canonical_parameters(self.learner.model)
+        own = canonical_parameters(self.learner.model, self.groups)
         config = replace(PublishConfig(timeout_s=30.0), **settings)
         known = zip_longest(self.setup["engines"], self.setup["leaders"])
         self.engines = [FaultyControl(a, self.setup["token"], config.timeout_s, leader) for a, leader in known]
@@ -122,7 +122,7 @@ def gathers(ranks: Ranks) -> None:
         for bucket_bytes in (20_000, 1 << 30):
             held: dict[str, torch.Tensor] = {}
             for bucket in plan(hf, ranks.groups.pipeline_size, 4, bucket_bytes, ranks.groups.virtual_size):
-                pairs = gather(bucket, canonical_parameters(model), hf, ranks.groups)
+                pairs = gather(bucket, canonical_parameters(model, ranks.groups), hf, ranks.groups)
                 assert [n for n, _ in pairs] == ([t.name for t in bucket.tensors] if _sends(ranks, bucket.rank) else [])
                 assert not held.keys() & dict(pairs).keys()
                 held |= {n: tensor.clone() for n, tensor in pairs}
@@ -203,7 +203,7 @@ def faults(ranks: Ranks) -> None:
 def not_finite(ranks: Ranks) -> None:
     """Refused before any engine hears of it; the way back is not taken."""
     publisher, stamp = _published(ranks)
-    own = canonical_parameters(ranks.learner.model)
+    own = canonical_parameters(ranks.learner.model, ranks.groups)
     if ranks.groups.rank == ranks.groups.world_size - 1:
         with torch.no_grad():
             own["decoder.layers.0.mlp.linear_fc1.weight"].view(-1)[7] = float("nan")

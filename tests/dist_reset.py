@@ -29,9 +29,8 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
 """Name -> (model, overrides)."""
 
 
-def check_reset(folder: Path, case: str, groups: ParallelGroups, layout: LayoutConfig) -> None:
-    model, overrides = CASES[case]
-    config = make_config(folder / model, overrides, layout)
+def check_reset(model: Path, overrides: tuple[str, ...], groups: ParallelGroups, layout: LayoutConfig) -> None:
+    config = make_config(model, overrides, layout)
     used, new = make_learner(config, groups), make_learner(config, groups)
     base = new.log_probs([3, 5, 8, 13])
     trained = [learn(used, make_batch(step)) for step in (0, 1, 2)]
@@ -69,8 +68,8 @@ def check_swap(learner: Learner) -> None:
 def main() -> None:
     folder, name = Path(sys.argv[1]), sys.argv[2]
     groups = initialize(parse(name), seed=0, timeout_s=60)
-    for case in CASES:
-        check_reset(folder, case, groups, parse(name))
+    for model, overrides in CASES.values():
+        check_reset(folder / model, overrides, groups, parse(name))
     parallel_state.destroy_model_parallel()
     shutdown()
 

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from megatron_sdpo import config as configuration
+from megatron_sdpo.cli import layout_overrides
 from megatron_sdpo.config import apply_overrides
 from megatron_sdpo.launch.run_dir import RunDir
 from recipes.minipipe import BASE_MODEL, minipipe, minipipe_discovery
@@ -346,6 +347,22 @@ def test_a_layout_in_short_is_the_keys_in_long(tmp_path: Path) -> None:
     keys |= {"context_parallel": 2, "world_size": 24, "distributed_optimizer": True}
     layout = json.loads(done.stdout)["layout"]
     assert {key: layout[key] for key in keys} == keys
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("ep2", {"expert_parallel": 2, "world_size": 2, "expert_tensor_parallel": None}),
+        ("pp2ep2", {"expert_parallel": 2, "pipeline_parallel": 2, "world_size": 4}),
+        ("tp2spep2et1", {"expert_parallel": 2, "expert_tensor_parallel": 1, "tensor_parallel": 2, "world_size": 2}),
+        ("tp2ep2", {"expert_parallel": 2, "tensor_parallel": 2, "world_size": 4}),
+        ("cp2ep4", {"expert_parallel": 4, "context_parallel": 2, "world_size": 4}),
+        ("ep2dp4do", {"expert_parallel": 2, "world_size": 4, "distributed_optimizer": True}),
+    ],
+)
+def test_experts_take_their_ranks_from_the_others(name: str, sizes: dict[str, int | bool | None]) -> None:
+    layout = dataclasses.asdict(apply_overrides(minipipe(), layout_overrides(name)).layout)
+    assert {key: layout[key] for key in sizes} == sizes
 
 
 def test_a_report_on_what_is_no_run_is_refused(tmp_path: Path) -> None:

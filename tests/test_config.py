@@ -148,6 +148,8 @@ POSITIVE = (
     "layout.virtual_pipeline",
     "layout.context_parallel",
     "layout.recompute_num_layers",
+    "layout.expert_parallel",
+    "layout.expert_tensor_parallel",
     "engine.count",
     "rollout.prompts_per_step",
     "rollout.attempts_per_prompt",
@@ -177,6 +179,9 @@ def test_sizes_must_be_positive(key: str) -> None:
     assert str(error.value) == f"{key} is 0; it must be at least 1"
 
 
+_TP2 = ("layout.tensor_parallel=2", "layout.world_size=2")
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
@@ -188,6 +193,21 @@ def test_sizes_must_be_positive(key: str) -> None:
             ["layout.virtual_pipeline=2"],
             "layout.pipeline_parallel is 1; set it to 2 or more, or layout.virtual_pipeline=1",
         ),
+        (["layout.expert_parallel=2"], "layout.expert_parallel 2 does not divide the 1 ranks of a pipeline stage; set"),
+        (
+            [*_TP2, "layout.expert_parallel=2"],
+            "2 with 2 slices of each expert does not divide the 2 ranks of a pipeline stage; set layout.world_size to a"
+            " multiple of 4",
+        ),
+        (
+            [*_TP2, "layout.expert_parallel=2", "layout.expert_tensor_parallel=1"],
+            "they all have the same tokens; set layout.sequence_parallel=true",
+        ),
+        (
+            [*_TP2, "layout.sequence_parallel=true", "layout.expert_tensor_parallel=1"],
+            "layout.expert_parallel is 1; set layout.expert_parallel=2, or layout.expert_tensor_parallel=none",
+        ),
+        (["layout.world_size=2", "layout.expert_tensor_parallel=2"], "must be 1 or layout.tensor_parallel 1"),
         (["layout.overlap_param_gather=true"], "set layout.distributed_optimizer=true and layout.overlap_grad_reduce"),
         (
             ["layout.recompute_method=block"],
@@ -271,6 +291,9 @@ def test_values_that_work_are_accepted() -> None:
     layout = ["layout.tensor_parallel=2", "layout.pipeline_parallel=4", "layout.world_size=8"]
     check_model(apply_overrides(BASE, layout), MODEL)
     check_model(apply_overrides(BASE, layout), MODEL | {"vocab_size": 511})  # padded
+    whole = ["layout.sequence_parallel=true", "layout.expert_parallel=2", "layout.expert_tensor_parallel=1"]
+    check(apply_overrides(BASE, [*_TP2, *whole]))
+    check_model(apply_overrides(BASE, [*_TP2, *whole]), MODEL | {"num_experts": 4, "moe_intermediate_size": 7})
 
 
 @pytest.mark.parametrize(
@@ -281,6 +304,9 @@ def test_values_that_work_are_accepted() -> None:
         ("layout.tensor_parallel=2", {"intermediate_size": 265}, "does not divide the model's 265 MLP units"),
         ("layout.pipeline_parallel=3", {}, "does not divide the model's 4 layers"),
         ("layout.virtual_pipeline=3", {}, "times layout.virtual_pipeline 3 does not divide the model's 4 layers"),
+        ("layout.expert_parallel=2", {}, "but the model is dense; set layout.expert_parallel=1"),
+        ("layout.expert_tensor_parallel=2", {}, "but the model is dense; set layout.expert_tensor_parallel=none"),
+        ("layout.expert_parallel=3", {"num_experts": 4}, "does not divide the model's 4 experts; set a divisor of 4"),
         ("objective.top_k=512", {}, "objective.top_k 512 must be smaller than the vocabulary of 512"),
         ("model.max_length=8193", {}, "is beyond the model's 8192 positions"),
     ],

@@ -1,12 +1,6 @@
-"""The learner against transformers, and every layout against one process.
-
-All in fp32. Sums are taken in another order under another layout, which moves a loss or a gradient norm by a few
-1e-6 of itself; ``TOLERANCE`` leaves room for that and for nothing else.
-"""
+"""The learner against transformers, and every layout against one process (``tests/same_numbers.py``)."""
 
 import dataclasses
-import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -28,13 +22,12 @@ from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.mcore.scores import TeacherScores
 from megatron_sdpo.phases import Phases
 from megatron_sdpo.types import Batch, Evaluation
-from tests.dist_learner import BATCHES, CASES, cases_of, parse, run_cases
+from tests.dist_learner import CASES, cases_of, parse, run_cases
 from tests.launch import run_ranks
 from tests.learner_setup import (
     HIDDEN,
     MODELS,
     VOCABULARY,
-    comparable,
     learn,
     make_batch,
     make_config,
@@ -42,18 +35,12 @@ from tests.learner_setup import (
     write_models,
 )
 from tests.reference.step_naive import first_step, load
+from tests.same_numbers import TOLERANCE, check_case, check_weights, distance, metrics_of
 from tests.tiny_model import reference_log_probs
 
 if TYPE_CHECKING:
     from megatron_sdpo.reshard.publish import Publisher
 
-TOLERANCE = 1e-5
-"""Relative, of losses and gradient norms."""
-WEIGHT_TOLERANCE = 1e-5
-"""Of weights after Adam: their distance, relative to how far training moved them (rounding alone makes 4e-6)."""
-BF16_TOLERANCE = 6e-2
-"""Of losses and gradient norms in bf16, whose numbers are 4e-3 apart: sums in another order round elsewhere (4.6e-2
-found)."""
 BF16_WEIGHT_TOLERANCE = 0.25
 """Of weights as above: most move by less than a few steps of bf16, so one step more or less is seen (0.15 found)."""
 
@@ -78,43 +65,8 @@ def groups() -> Iterator[ParallelGroups]:
 
 @pytest.fixture(scope="module")
 def single(folder: Path, groups: ParallelGroups) -> Path:
-    run_cases(folder, groups, LayoutConfig(), folder / "single")
+    run_cases(folder, groups, LayoutConfig(), folder / "single", CASES)
     return folder / "single"
-
-
-def _metrics(path: Path) -> list[dict[str, float]]:
-    return json.loads((path / "metrics.json").read_text())
-
-
-def _distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return math.sqrt(sum((a[name].double() - b[name].double()).pow(2).sum().item() for name in a))
-
-
-def _check_weights(
-    found: dict[str, Tensor],
-    expected: dict[str, Tensor],
-    before: dict[str, Tensor],
-    tolerance: float = WEIGHT_TOLERANCE,
-) -> None:
-    assert _distance(found, expected) <= tolerance * _distance(expected, before)
-
-
-def _check_case(folder: Path, single: Path, layout: str, case: str) -> None:
-    metrics, expected = _metrics(folder / layout / case), _metrics(single / case)
-    assert len(metrics) == BATCHES
-    exact = not case.startswith("bf16")
-    for ours, theirs in zip(metrics, expected, strict=True):
-        if exact:
-            agreed = comparable(ours) == pytest.approx(comparable(theirs), rel=TOLERANCE, abs=1e-9)
-            assert agreed, f"{layout} {case}: {ours} is not {theirs}"
-        for key in ("loss/total", "optim/grad_norm"):
-            assert ours[key] == pytest.approx(theirs[key], rel=BF16_TOLERANCE), f"{layout} {case}"
-    found, wanted, before = (
-        load_file(path / "model.safetensors")
-        for path in (folder / layout / case, single / case, folder / CASES[case][0])
-    )
-    _check_weights(found, wanted, before, WEIGHT_TOLERANCE if exact else BF16_WEIGHT_TOLERANCE)
 
 
 @pytest.mark.timeout(500)
@@ -137,18 +89,19 @@ def test_every_layout_trains_like_one_process(folder: Path, single: Path, layout
     for layout in layouts:
         cases = cases_of(parse(layout))
         for case in cases:
-            _check_case(folder, single, layout, case)
+            before = folder / CASES[case][0]
+            check_case(folder / layout / case, single / case, before, BF16_WEIGHT_TOLERANCE)
         case = "next-token" if "next-token" in cases else "sdpo-64"
-        pads = [metrics["optim/padding_share"] for metrics in _metrics(folder / layout / case)]
+        pads = [metrics["optim/padding_share"] for metrics in metrics_of(folder / layout / case)]
         assert (min(pads) > 0) == (layout not in UNPADDED), f"{layout} pads {pads}"
 
 
 def test_the_split_into_micro_batches_changes_nothing(folder: Path, single: Path) -> None:
     for case in ("sdpo-64", "sdpo-1"):
-        for ours, theirs in zip(_metrics(single / case), _metrics(single / "sdpo-4096"), strict=True):
+        for ours, theirs in zip(metrics_of(single / case), metrics_of(single / "sdpo-4096"), strict=True):
             assert ours == pytest.approx(theirs, rel=TOLERANCE)
         found, expected = (load_file(single / name / "model.safetensors") for name in (case, "sdpo-4096"))
-        _check_weights(found, expected, load_file(folder / "llama" / "model.safetensors"))
+        check_weights(found, expected, load_file(folder / "llama" / "model.safetensors"))
 
 
 class WidestLogits(TorchDispatchMode):
@@ -192,10 +145,10 @@ def test_no_pass_holds_more_logits_than_a_chunk(
 
 def test_the_cases_are_what_they_are_meant_to_be(single: Path) -> None:
     """Gradients are clipped, drift weights move, importance weights are capped, ranks of DP2 pad."""
-    assert all(metrics["optim/grad_norm"] > 0.05 for case in CASES for metrics in _metrics(single / case))
-    assert all(metrics["loss/divergence"] > 0.01 for metrics in _metrics(single / "sdpo-64"))
-    assert _metrics(single / "sdpo-mini-batches")[0]["loss/drift_weight/max"] > 1.001
-    assert _metrics(single / "sdpo-64")[0]["loss/mismatch_weight/max"] == 2.0
+    assert all(metrics["optim/grad_norm"] > 0.05 for case in CASES for metrics in metrics_of(single / case))
+    assert all(metrics["loss/divergence"] > 0.01 for metrics in metrics_of(single / "sdpo-64"))
+    assert metrics_of(single / "sdpo-mini-batches")[0]["loss/drift_weight/max"] > 1.001
+    assert metrics_of(single / "sdpo-64")[0]["loss/mismatch_weight/max"] == 2.0
     samples = make_batch().samples
     shares = batching.assign([1] * 9, range(9), 2)
     ranks = [batching.micro_batches(samples, shares, "student", 1, rank, torch.device("cpu")) for rank in (0, 1)]
@@ -260,7 +213,7 @@ def test_one_step_equals_transformers_and_autograd(
     before = load_file(folder / model / "model.safetensors")
     # the reference's divergence is float64, and the few gradients near Adam's epsilon feel that
     found = load_file(tmp_path / "after" / "model.safetensors")
-    assert _distance(found, weights) <= 5e-5 * _distance(weights, before)
+    assert distance(found, weights) <= 5e-5 * distance(weights, before)
 
 
 def _with_contexts(batch: Batch, **changes: Any) -> Batch:

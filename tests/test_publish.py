@@ -40,22 +40,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def log_probs(folder: Path) -> dict[str, list[torch.Tensor]]:
-    """transformers' log-probs of every probe under a and b."""
-    return {name: [reference_log_probs(folder / name, ids) for ids in PROBES] for name in "ab"}
+def prepare(folder: Path) -> Callable[..., None]:
+    return preparation(folder, list(MODELS))
 
 
-@pytest.fixture(scope="module")
-def prepare(folder: Path, log_probs: dict[str, list[torch.Tensor]]) -> Callable[..., None]:
-    """Writes down what the workers need to know."""
+def preparation(folder: Path, models: Sequence[str] = ()) -> Callable[..., None]:
+    """Writes down what the workers need to know, transformers' log-probs of every probe under a and b among it."""
     size = sum(tensor.nbytes for tensor in load_file(folder / "a" / "model.safetensors").values())
+    log_probs = {name: [reference_log_probs(folder / name, ids) for ids in PROBES] for name in "ab"}
 
     def write(engines: Sequence[EngineAddress], leaders: Sequence[int] = ()) -> None:
         setup = {
             "engines": list(engines),
             "leaders": list(leaders),
             "token": TOKEN,
-            "models": {name: folder / name for name in MODELS},
+            "models": {name: folder / name for name in models},
             "checkpoints": {name: folder / name for name in "ab"},
             "bytes": size,
             "probes": PROBES,
@@ -149,3 +148,17 @@ def test_an_engine_of_two_ranks(folder: Path, engine: Engine, prepare: Callable[
     with Fleet(engine_config(tmp_path, engine.checkpoint, tensor_parallel=2), tmp_path, TOKEN) as fleet:
         prepare(fleet.engines)
         run_ranks("dist_publish.py", 2, ["pp2", str(folder), "versions", "faults"], timeout=200)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_experts_of_two_ranks_reach_an_engine(tmp_path: Path) -> None:
+    """Neither rank holds them all; the engine serves what transformers makes of the whole."""
+    for seed, name in enumerate("ab", 21):
+        write_tiny_checkpoint(tmp_path / name, seed, family="qwen3_moe", kv_heads=2)
+    (tmp_path / "run").mkdir()
+    prepare = preparation(tmp_path)
+    with Fleet(engine_config(tmp_path / "run", tmp_path / "a"), tmp_path / "run", TOKEN) as fleet:
+        prepare(fleet.engines)
+        for layout in ("dp2ep2-overlap", "tp2ep2et1-sp"):
+            run_ranks("dist_publish.py", 2, [layout, str(tmp_path), "versions"], timeout=200)

@@ -28,7 +28,8 @@ def groups() -> Iterator[ParallelGroups]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_reset_learner_is_a_new_one(folder: Path, groups: ParallelGroups, case: str) -> None:
-    check_reset(folder, case, groups, LayoutConfig())
+    model, overrides = CASES[case]
+    check_reset(folder / model, overrides, groups, LayoutConfig())
 
 
 @pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2-overlap"])

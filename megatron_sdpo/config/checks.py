@@ -18,6 +18,7 @@ _AT_LEAST = {
         *("steps", "model.max_length", "optim.mini_batches", "objective.top_k", "publish.bucket_bytes"),
         *("layout.tensor_parallel", "layout.pipeline_parallel", "layout.world_size", "layout.tokens_per_micro_batch"),
         *("layout.virtual_pipeline", "layout.context_parallel", "layout.recompute_num_layers"),
+        *("layout.expert_parallel", "layout.expert_tensor_parallel"),
         *("layout.head_chunk_tokens", "layout.overlap_bucket_elements"),
         *("engine.count", "engine.tensor_parallel", "engine.max_running_requests", "engine.max_total_tokens"),
         *("rollout.prompts_per_step", "rollout.attempts_per_prompt", "rollout.max_new_tokens"),
@@ -150,6 +151,36 @@ def _check_layout(layout: LayoutConfig) -> None:
         raise ConfigError(
             "layout.overlap_param_gather gathers what a distributed optimizer divides, and needs the gradients to"
             " overlap too; set layout.distributed_optimizer=true and layout.overlap_grad_reduce=true"
+        )
+    _check_experts(layout)
+
+
+def _check_experts(layout: LayoutConfig) -> None:
+    """Refuse experts that the ranks of a stage cannot hold, and slices that would be summed wrongly."""
+    stage, tensor = layout.world_size // layout.pipeline_parallel, layout.expert_tensor
+    if stage % (layout.expert_parallel * tensor):
+        slices = f" with {tensor} slices of each expert" if tensor > 1 else ""
+        raise ConfigError(
+            f"layout.expert_parallel {layout.expert_parallel}{slices} does not divide the {stage} ranks of a pipeline"
+            f" stage; set layout.world_size to a multiple of"
+            f" {layout.pipeline_parallel * layout.expert_parallel * tensor}, or a smaller layout.expert_parallel"
+        )
+    if tensor == layout.tensor_parallel:
+        return
+    if tensor != 1:
+        raise ConfigError(
+            f"layout.expert_tensor_parallel is {tensor}; it must be 1 or layout.tensor_parallel"
+            f" {layout.tensor_parallel}"
+        )
+    if not layout.sequence_parallel:
+        raise ConfigError(
+            "layout.expert_tensor_parallel=1 lets tensor ranks send their tokens to whole experts, but without"
+            " layout.sequence_parallel they all have the same tokens; set layout.sequence_parallel=true"
+        )
+    if layout.expert_parallel == 1:
+        raise ConfigError(
+            "layout.expert_tensor_parallel=1 makes tensor ranks hold different experts, but layout.expert_parallel is"
+            f" 1; set layout.expert_parallel={layout.tensor_parallel}, or layout.expert_tensor_parallel=none"
         )
 
 

@@ -43,6 +43,10 @@ class LayoutConfig:
     """Pieces of the model, not next to each other, that each pipeline rank holds: less waiting, more messages."""
     context_parallel: int = 1
     """Ranks that divide the tokens of every sequence."""
+    expert_parallel: int = 1
+    """Ranks that divide the experts of a layer: taken from those of tensor, context and data parallelism."""
+    expert_tensor_parallel: int | None = None
+    """Ranks that hold slices of one expert: tensor_parallel (none means that too), or 1."""
     world_size: int = 1
     """Trainer ranks in all: a multiple of tensor_parallel * pipeline_parallel * context_parallel."""
     distributed_optimizer: bool = False
@@ -71,6 +75,11 @@ class LayoutConfig:
     """full: see recompute_method."""
     distribute_saved_activations: bool = False
     """full: tensor ranks divide what is kept among themselves, and gather it for the backward pass."""
+
+    @property
+    def expert_tensor(self) -> int:
+        """Ranks that hold slices of one expert."""
+        return self.expert_tensor_parallel or self.tensor_parallel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

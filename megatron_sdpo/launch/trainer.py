@@ -193,7 +193,7 @@ def publisher_for(
         config.publish,
         learner.hf_config,
         learner.groups,
-        canonical_parameters(learner.model),
+        canonical_parameters(learner.model, learner.groups),
         engines,
         config.engine.host,
         learner.log_probs,

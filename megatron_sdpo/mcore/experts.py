@@ -55,7 +55,8 @@ class Experts(MoELayer):
 
     Without sequence parallelism they are the same: Megatron would send each token to its experts once a rank, and
     refuses to train so. Here each rank then sends all tokens through its slices of the experts and the outputs are
-    summed, as a dense MLP does. With sequence parallelism, or one tensor rank, this is Megatron's layer.
+    summed, as a dense MLP does; where ranks divide the experts (``expert_parallel``), those with the same slices
+    exchange tokens. With sequence parallelism, or one tensor rank, this is Megatron's layer.
     """
 
     def __init__(

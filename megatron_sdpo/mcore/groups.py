@@ -33,7 +33,12 @@ class ParallelGroups:
     data_context: ProcessGroup
     """All ranks with the same weights."""
     model_parallel: ProcessGroup
-    """All ranks (tensor x pipeline) that hold one copy of the weights."""
+    """All ranks (tensor x pipeline) that hold one copy of the weights; of the experts only some (``expert``)."""
+    expert: ProcessGroup
+    """Ranks that divide the experts of the same layers. They are ranks of one stage, whatever their place among tensor,
+    context and data ranks."""
+    expert_data: ProcessGroup
+    """All ranks with the same weights of experts."""
     rank: int
     world_size: int
     tensor_rank: int
@@ -46,12 +51,17 @@ class ParallelGroups:
     data_size: int
     context_rank: int
     context_size: int
+    expert_rank: int
+    expert_size: int
+    expert_tensor_rank: int
+    expert_tensor_size: int
+    """Ranks that hold slices of the same experts: all tensor ranks, or 1."""
     last_stage_rank: int
     """World rank of the last stage in this rank's pipeline group."""
 
     @property
     def holds_first_copy(self) -> bool:
-        """Of all ranks with the same weights, the one that shows them to others."""
+        """Of all ranks with the same weights, the one that shows them to others; for experts see ``holders``."""
         return self.data_rank == 0 and self.context_rank == 0
 
     @property
@@ -78,6 +88,24 @@ class ParallelGroups:
         """World rank at a position; Megatron counts tensor fastest, then context, data, pipeline."""
         return tensor + self.tensor_size * (context + self.context_size * (data + self.data_size * pipeline))
 
+    def tensor_place(self, of_expert: bool) -> tuple[int, int]:
+        """(rank, size) by which this rank cuts a weight over tensor ranks."""
+        if of_expert:
+            return self.expert_tensor_rank, self.expert_tensor_size
+        return self.tensor_rank, self.tensor_size
+
+    def holders(self, pipeline: int, cut: bool, expert_rank: int | None = None) -> list[int]:
+        """World ranks that show one weight of a pipeline rank to others: those of its slices, in order, if it is
+        ``cut``; of an expert those at ``expert_rank``. The first copy of each.
+
+        Example: of 4 ranks with tensor 1, expert 2, the experts of the second half are shown by ``[1]``.
+        """
+        if expert_rank is None:
+            return [self.rank_of(tensor, pipeline) for tensor in range(self.tensor_size if cut else 1)]
+        # Megatron counts the tensor ranks of experts fastest, then expert, copies, pipeline.
+        first = self.rank_of(0, pipeline) + self.expert_tensor_size * expert_rank
+        return [first + tensor for tensor in range(self.expert_tensor_size if cut else 1)]
+
 
 def initialize(layout: LayoutConfig, seed: int, timeout_s: float) -> ParallelGroups:
     """Start torch.distributed (from torchrun's environment, or alone) and cut the world by ``layout``.
@@ -86,20 +114,28 @@ def initialize(layout: LayoutConfig, seed: int, timeout_s: float) -> ParallelGro
     where Megatron wants it to. Raises ConfigError when the world has another size than the layout.
     """
     platform.redirect_megatron()
+    _check_backend(layout)
     _start_world(layout, timeout_s)
     parallel_state.initialize_model_parallel(
         layout.tensor_parallel,
         layout.pipeline_parallel,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         context_parallel_size=layout.context_parallel,
+        expert_model_parallel_size=layout.expert_parallel,
+        expert_tensor_parallel_size=layout.expert_tensor,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)  # without a GPU the line before moved the one generator there is
     groups = _groups(layout.virtual_pipeline)
     here = groups.rank_of(groups.tensor_rank, groups.pipeline_rank, groups.data_rank, groups.context_rank)
-    if here != groups.rank:
-        raise RuntimeError(f"megatron placed rank {groups.rank} where this package expects rank {here}")
+    (experts_here,) = groups.holders(groups.pipeline_rank, cut=False, expert_rank=groups.expert_rank)
+    experts_here += groups.expert_tensor_rank
+    experts_here += groups.expert_data.rank() * groups.expert_size * groups.expert_tensor_size
+    if here != groups.rank or experts_here != groups.rank:
+        raise RuntimeError(
+            f"megatron placed rank {groups.rank} where this package expects rank {here}, its experts {experts_here}"
+        )
     return groups
 
 
@@ -109,6 +145,17 @@ def shutdown() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _check_backend(layout: LayoutConfig) -> None:
+    """Refuse what only NCCL can do (and there has not yet been run on a GPU)."""
+    uneven = layout.expert_parallel > 1 and layout.expert_tensor > 1 and layout.sequence_parallel
+    if uneven and platform.backend() == "gloo":
+        raise ConfigError(
+            f"layout.expert_parallel {layout.expert_parallel} with sequence_parallel and {layout.expert_tensor} slices"
+            " of each expert gathers different numbers of tokens over tensor ranks, which gloo cannot; set"
+            " layout.expert_tensor_parallel=1"
+        )
 
 
 def _start_world(layout: LayoutConfig, timeout_s: float) -> None:
@@ -139,6 +186,9 @@ def _groups(virtual_size: int) -> ParallelGroups:
     context: Any = parallel_state.get_context_parallel_group()
     data_context: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
     model_parallel: Any = parallel_state.get_model_parallel_group()
+    expert: Any = parallel_state.get_expert_model_parallel_group()
+    expert_data: Any = parallel_state.get_expert_data_parallel_group()
+    expert_tensor: Any = parallel_state.get_expert_tensor_parallel_group()
     return ParallelGroups(
         world=world,
         tensor=tensor,
@@ -147,6 +197,8 @@ def _groups(virtual_size: int) -> ParallelGroups:
         context=context,
         data_context=data_context,
         model_parallel=model_parallel,
+        expert=expert,
+        expert_data=expert_data,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tensor_rank=tensor.rank(),
@@ -158,5 +210,9 @@ def _groups(virtual_size: int) -> ParallelGroups:
         data_size=data.size(),
         context_rank=context.rank(),
         context_size=context.size(),
+        expert_rank=expert.rank(),
+        expert_size=expert.size(),
+        expert_tensor_rank=expert_tensor.rank(),
+        expert_tensor_size=expert_tensor.size(),
         last_stage_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
     )

@@ -106,12 +106,14 @@ def load_hf(model: Model, path: str | Path, groups: ParallelGroups, layout: Layo
         names.check_names(checkpoint, hf_config)
         for number, chunk in zip(groups.own_stages, chunks_of(model), strict=True):
             stage = _stage_parameters(hf_config, layout, number, groups)
-            targets = canonical_parameters(chunk)
+            targets = canonical_parameters(chunk, groups)
+            stage = {local: tensors for local, tensors in stage.items() if _is_held(tensors[0], groups)}
             if targets.keys() != stage.keys():
                 wrong = min(targets.keys() ^ stage.keys())
                 raise ValueError(f"the model and the checkpoint {path} disagree on the parameter {wrong!r}")
             for local, tensors in stage.items():
-                shard = names.read_shard(checkpoint, tensors, hf_config, groups.tensor_rank, groups.tensor_size)
+                place = groups.tensor_place(tensors[0].expert is not None)
+                shard = names.read_shard(checkpoint, tensors, hf_config, *place)
                 if shard.shape != targets[local].shape:
                     raise ValueError(f"{path} gives {local} the shape {tuple(shard.shape)}, the model has another")
                 targets[local].copy_(shard)
@@ -154,29 +156,34 @@ def _stage_parameters(
     return names.stage_parameters(hf_config, layers, stage == 0, stage == groups.stages - 1)
 
 
-def canonical_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def _is_held(tensor: names.HfTensor, groups: ParallelGroups) -> bool:
+    """Whether this rank has it, if it is of one of its stages."""
+    return tensor.expert_rank(groups.expert_size) in (None, groups.expert_rank)
+
+
+def canonical_parameters(model: Model, groups: ParallelGroups) -> dict[str, torch.nn.Parameter]:
     """The parameters under the local names of names.py, whichever layer spec built the model.
 
     Those of several stages on one rank have the number of the stage on this rank before their names: ``1.decoder...``
     """
-    return {names.canonical(name): parameter for name, parameter in model.named_parameters()}
+    first_expert = groups.expert_rank * ((model.config.num_moe_experts or 0) // groups.expert_size)
+    return {names.canonical(name, first_expert): parameter for name, parameter in model.named_parameters()}
 
 
 def _gathered(
     model: Model, hf_config: Mapping[str, Any], groups: ParallelGroups, layout: LayoutConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """Rank 0 yields every (HF name, whole tensor); the other ranks of the first model copy send their shards.
+    """Rank 0 yields every (HF name, whole tensor); the other ranks that hold a first copy of a shard send it.
 
     Point to point with contiguous tensors: gloo's scatter and gather go wrong, silently, with others.
     """
-    if not groups.holds_first_copy:
-        return
-    own = dict(zip(groups.own_stages, map(canonical_parameters, chunks_of(model)), strict=True))
+    chunks = [canonical_parameters(chunk, groups) for chunk in chunks_of(model)]
+    own = dict(zip(groups.own_stages, chunks, strict=True))
     for stage in range(groups.stages):
         for local, tensors in _stage_parameters(hf_config, layout, stage, groups).items():
             if tensors[0].stage(groups.stages) != stage:
                 continue  # the last stage's copy of a tied embedding
-            mine = own[stage][local].detach() if stage in own else None
+            mine = own[stage][local].detach() if stage in own and _is_held(tensors[0], groups) else None
             shards = _to_rank_0(mine, tensors, stage, groups, next(model.parameters()).dtype)
             if groups.rank == 0:
                 pieces: list[list[Tensor]] = [names.split(tensors, shard, hf_config) for shard in shards]
@@ -188,15 +195,15 @@ def _to_rank_0(
     mine: Tensor | None, tensors: tuple[names.HfTensor, ...], stage: int, groups: ParallelGroups, dtype: torch.dtype
 ) -> list[Tensor]:
     """All tensor ranks' shards of one parameter, on rank 0 (one shard if it is replicated); [] on other ranks."""
-    holders = range(groups.tensor_size if tensors[0].tp_axis is not None else 1)
+    expert_rank = tensors[0].expert_rank(groups.expert_size)
+    _, size = groups.tensor_place(expert_rank is not None)
     shards = []
-    for tensor_rank in holders:
-        source = groups.rank_of(tensor_rank, stage % groups.pipeline_size)
+    for source in groups.holders(stage % groups.pipeline_size, tensors[0].tp_axis is not None, expert_rank):
         if source == groups.rank == 0:
             assert mine is not None
             shards.append(mine)
         elif groups.rank == 0:
-            shape = names.local_shape(tensors, groups.tensor_size)
+            shape = names.local_shape(tensors, size)
             buffer = torch.empty(shape, dtype=dtype, device=platform.device())
             dist.recv(buffer, source, group=groups.world)
             shards.append(buffer)

@@ -14,7 +14,8 @@ equal (``padded_vocabulary``), a Hugging Face tensor never has such rows (``join
 them (``fused.Head``).
 
 Megatron numbers layers within a pipeline stage; names here say so: *parameter* is a Megatron name with the layer
-number of the whole model, *local* one with the number in its stage. Nothing here needs megatron or a device.
+number of the whole model, *local* one with the number in its stage. It also numbers experts within those that a rank
+holds; here they always have the number of the whole layer. Nothing here needs megatron or a device.
 """
 
 import re
@@ -34,7 +35,7 @@ FINAL_NORM = "decoder.final_layernorm.weight"
 
 # Transformer Engine's grouped linears keep their experts' weights as weight0, weight1, ...
 _GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
-_EXPERT = re.compile(r"local_experts\.\d+\.")
+_EXPERT = re.compile(r"local_experts\.(\d+)\.")
 _NUMBER = re.compile(r"^decoder\.layers\.(\d+)\.")
 # Transformer Engine keeps a norm inside the linear that follows it.
 _FUSED_NORMS = {
@@ -69,6 +70,18 @@ class HfTensor:
     """Axis that tensor ranks divide; None: every rank holds the whole."""
     layer: int | None
     n_layers: int
+    n_experts: int = 0
+    """Of a layer; 0 in a dense model."""
+
+    @property
+    def expert(self) -> int | None:
+        """The number in its layer of the expert that it belongs to."""
+        match = _EXPERT.search(self.parameter)
+        return int(match[1]) if match else None
+
+    def expert_rank(self, ep_size: int) -> int | None:
+        """The expert rank that holds it; None: it belongs to no expert, and all of them hold it."""
+        return None if self.expert is None else self.expert // (self.n_experts // ep_size)
 
     def stage(self, pp_size: int) -> int:
         """The pipeline rank that holds it (a tied embedding is also copied to the last stage)."""
@@ -111,7 +124,14 @@ def hf_layout(hf_config: Mapping[str, Any]) -> dict[str, HfTensor]:
     for layer in range(n_layers):
         tensors += [
             HfTensor(
-                f"model.layers.{layer}.{name}", shape, f"decoder.layers.{layer}.{inner}", part, axis, layer, n_layers
+                f"model.layers.{layer}.{name}",
+                shape,
+                f"decoder.layers.{layer}.{inner}",
+                part,
+                axis,
+                layer,
+                n_layers,
+                hf_config.get("num_experts", 0),
             )
             for name, shape, inner, part, axis in _layer(hf_config)
         ]
@@ -129,10 +149,12 @@ def parameters(hf_config: Mapping[str, Any]) -> dict[str, tuple[HfTensor, ...]]:
     return made
 
 
-def canonical(local: str) -> str:
+def canonical(local: str, first_expert: int = 0) -> str:
     """A parameter's name as used here, whichever layer spec built the model (Transformer Engine's fuses norms and
-    groups experts)."""
+    groups experts), on a rank whose experts begin at ``first_expert``."""
     local = _GROUPED.sub(r"mlp.experts.local_experts.\2.\1.weight", local)
+    if first_expert:
+        local = _EXPERT.sub(lambda match: f"local_experts.{int(match[1]) + first_expert}.", local)
     for fused, plain in _FUSED_NORMS.items():
         if local.endswith(fused):
             return local.removesuffix(fused) + plain

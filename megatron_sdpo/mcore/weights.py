@@ -2,8 +2,9 @@
 
 *Pieces* are lists of tensors in one order: the optimizer's fp32 master weights, its moments, a teacher. Under the
 replicated optimizer a piece is a whole parameter. Under the distributed optimizer the gradient and weight buffers are
-cut into as many equal parts as there are data ranks, wherever parameters begin; a rank's piece is the flat part of a
-parameter that it owns, and a parameter of which it owns nothing has none.
+cut into as many equal parts as there are ranks with the same weights, wherever parameters begin; a rank's piece is the
+flat part of a parameter that it owns, and a parameter of which it owns nothing has none. Experts that are divided over
+ranks have buffers of their own: fewer ranks hold the same ones.
 """
 
 from abc import abstractmethod
@@ -84,8 +85,7 @@ class DividedWeights(Weights):
         """``chunks`` are Megatron's DDP around ``model`` or its parts; ``parts`` its distributed optimizers."""
         self.named = dict(model.named_parameters())
         self._chunks = chunks
-        self._group = parts[0].data_parallel_group
-        self._buffers = [buffer for chunk in chunks for buffer in chunk.buffers]
+        self._buffers = [buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
         found = {piece.name: piece for part in parts for piece in self._pieces_of(part)}
         self._pieces = [found[name] for name in self.named if name in found]
 
@@ -95,7 +95,7 @@ class DividedWeights(Weights):
             (part.model_fp32_groups, part.shard_fp32_groups),
             (part.model_float16_groups, part.shard_fp32_from_float16_groups),
         )
-        rank, size = self._group.rank(), self._group.size()
+        rank, size = part.data_parallel_group.rank(), part.data_parallel_group.size()
         for models, masters in kinds:
             for parameter, master in zip(chain(*models), chain(*masters), strict=True):
                 ranges = part._get_model_param_range_map(parameter)
@@ -120,20 +120,20 @@ class DividedWeights(Weights):
         whole: dict[Tensor, Tensor] = {}
         for buffer in self._buffers:
             for bucket in buffer.buckets:
-                flat = self._gathered(bucket, pieces)
+                flat = self._gathered(bucket, buffer.data_parallel_group, pieces)
                 for parameter in bucket.params_list:
                     start = buffer.param_index_map[parameter][0] - bucket.offset
                     whole[parameter] = flat[start : start + parameter.numel()].view(parameter.shape)
         return {name: whole[parameter] for name, parameter in self.named.items()}
 
-    def _gathered(self, bucket: Any, pieces: Sequence[Tensor]) -> Tensor:
+    def _gathered(self, bucket: Any, group: dist.ProcessGroup, pieces: Sequence[Tensor]) -> Tensor:
         dtype = pieces[0].dtype if pieces else torch.float32
         flat = torch.zeros(bucket.grad_data.numel(), dtype=dtype, device=bucket.grad_data.device)
-        mine = flat.new_zeros(len(flat) // self._group.size())
+        mine = flat.new_zeros(len(flat) // group.size())
         for piece, values in zip(self._pieces, pieces, strict=True):
             if piece.bucket is bucket:
                 mine[piece.place] = values.detach()
-        dist.all_gather_into_tensor(flat, mine, group=self._group)
+        dist.all_gather_into_tensor(flat, mine, group=group)
         return flat.cpu()
 
     def cut(self, whole: Mapping[str, Tensor]) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """The tensors of a bucket, whole and under their Hugging Face names, on the rank that sends them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from megatron_sdpo.mcore import names
 from megatron_sdpo.mcore.groups import ParallelGroups
-from megatron_sdpo.reshard.plan import Bucket
+from megatron_sdpo.reshard.plan import Bucket, Parameter
 
 
 def is_sender(groups: ParallelGroups) -> bool:
@@ -20,45 +21,57 @@ def is_sender(groups: ParallelGroups) -> bool:
 def gather(
     bucket: Bucket, own: Mapping[str, Tensor], hf_config: Mapping[str, Any], groups: ParallelGroups
 ) -> list[tuple[str, Tensor]]:
-    """(name, tensor) pairs on the bucket's sender, [] elsewhere; every tensor rank of the pipeline rank must call it.
+    """(name, tensor) pairs on the bucket's sender, [] elsewhere; every rank of the pipeline rank must call it.
 
-    ``own`` are the rank's parameters (``hf.canonical_parameters``). One collective a bucket: the slices of all its
-    parameters travel as one contiguous buffer (gloo silently corrupts non-contiguous ones).
+    ``own`` are the rank's parameters (``hf.canonical_parameters``). Whoever holds the first copy of a slice or an
+    expert sends it to the sender; one message a rank and bucket, in one contiguous buffer.
     """
-    if groups.pipeline_rank != bucket.rank or not groups.holds_first_copy:
+    if groups.pipeline_rank != bucket.rank:
         return []
-    cut = [parameter for parameter in bucket.parameters if parameter.cut]
-    ranks = _gather_flat([own[parameter.local] for parameter in cut], groups)
-    if groups.tensor_rank != 0:
+    shown: dict[int, list[Parameter]] = {}
+    for parameter in bucket.parameters:
+        for rank in _holders(parameter, bucket, groups):
+            shown.setdefault(rank, []).append(parameter)
+    sender = groups.rank_of(0, bucket.rank)
+    if groups.rank != sender:
+        if mine := shown.get(groups.rank):
+            dist.send(torch.cat([own[p.local].detach().reshape(-1) for p in mine]), sender, group=groups.world)
         return []
-    shards = {parameter.local: [rank[i] for rank in ranks] for i, parameter in enumerate(cut)}
+    received = {rank: _received(held, rank, own, groups) for rank, held in shown.items() if rank != sender}
     pairs = []
     for parameter in bucket.parameters:
-        local = shards.get(parameter.local, [own[parameter.local].detach()])
-        pieces: list[list[Tensor]] = [names.split(parameter.tensors, shard, hf_config) for shard in local]
-        for tensor, parts in zip(parameter.tensors, zip(*pieces, strict=True), strict=True):
-            whole = names.join(tensor, parts)
-            if tuple(whole.shape) != tensor.shape:
-                raise ValueError(
-                    f"{parameter.local} gives {tensor.name} the shape {tuple(whole.shape)}, not {tensor.shape}"
-                )
-            pairs.append((tensor.name, whole))
+        ranks = _holders(parameter, bucket, groups)
+        shards = [received[r][parameter.local] if r != sender else own[parameter.local].detach() for r in ranks]
+        pairs += _whole(parameter, shards, hf_config)
     return pairs
 
 
-def _gather_flat(locals_: list[Tensor], groups: ParallelGroups) -> list[list[Tensor]]:
-    """Every tensor rank's shards on tensor rank 0, as ``[rank][parameter]``; [] on the others."""
-    if not locals_:
-        return []
-    detached = [local.detach() for local in locals_]
-    if groups.tensor_size == 1:
-        return [detached]
-    flat = torch.cat([local.reshape(-1) for local in detached])
-    first = groups.tensor_rank == 0
-    received = [torch.empty_like(flat) for _ in range(groups.tensor_size)] if first else None
-    dist.gather(flat, received, group=groups.tensor, group_dst=0)
-    sizes = [local.numel() for local in detached]
-    return [
-        [part.view(local.shape) for part, local in zip(buffer.split(sizes), detached, strict=True)]
-        for buffer in received or []
-    ]
+def _holders(parameter: Parameter, bucket: Bucket, groups: ParallelGroups) -> list[int]:
+    return groups.holders(bucket.rank, parameter.cut, parameter.expert_rank(groups.expert_size))
+
+
+def _received(
+    parameters: Sequence[Parameter], rank: int, own: Mapping[str, Tensor], groups: ParallelGroups
+) -> dict[str, Tensor]:
+    """The shards that ``rank`` sends, by local name."""
+    shapes = {}
+    for parameter in parameters:
+        _, size = groups.tensor_place(parameter.tensors[0].expert is not None)
+        shapes[parameter.local] = names.local_shape(parameter.tensors, size)
+    flat = next(iter(own.values())).detach().new_empty(sum(map(prod, shapes.values())))
+    dist.recv(flat, rank, group=groups.world)
+    parts = flat.split([prod(shape) for shape in shapes.values()])
+    return {local: part.view(shape) for (local, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def _whole(parameter: Parameter, shards: Sequence[Tensor], hf_config: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    pieces: list[list[Tensor]] = [names.split(parameter.tensors, shard, hf_config) for shard in shards]
+    pairs = []
+    for tensor, parts in zip(parameter.tensors, zip(*pieces, strict=True), strict=True):
+        whole = names.join(tensor, parts)
+        if tuple(whole.shape) != tensor.shape:
+            raise ValueError(
+                f"{parameter.local} gives {tensor.name} the shape {tuple(whole.shape)}, not {tensor.shape}"
+            )
+        pairs.append((tensor.name, whole))
+    return pairs

@@ -22,13 +22,17 @@ class Parameter:
         """Tensor ranks hold slices; otherwise each holds the whole."""
         return self.tensors[0].tp_axis is not None
 
+    def expert_rank(self, ep_size: int) -> int | None:
+        """The expert rank that holds it; None: all ranks of its stage do."""
+        return self.tensors[0].expert_rank(ep_size)
+
     def elements(self) -> int:
         return sum(prod(tensor.shape) for tensor in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """What travels in one message, from the tensor ranks of one pipeline rank. A parameter is never divided over two
+    """What travels in one message, from the ranks of one pipeline rank. A parameter is never divided over two
     buckets, so tensors that an engine fuses again (q, k, v; gate, up) arrive together."""
 
     rank: int
