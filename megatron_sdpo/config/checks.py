@@ -29,7 +29,7 @@ _AT_LEAST = {
             "evaluation.attempts",
             "evaluation.questions",
         ),
-        *("guard.reward_window", "guard.accuracy_window"),
+        *("guard.reward_window", "guard.accuracy_window", "spikes.window", "spikes.patience"),
         *("discovery.questions", "discovery.seeds", "discovery.budget", "discovery.best_of_k_samples"),
     ),
     0: (
@@ -118,6 +118,8 @@ def check(config: Config) -> None:
     _check_objective(config.objective)
     _check_teacher_context(config.teacher_context)
     _check_guard(config)
+    if config.spikes.factor <= 1.0:
+        raise ConfigError(f"spikes.factor is {config.spikes.factor:g}; it multiplies a usual norm, set it above 1")
 
 
 def _check_layout(layout: LayoutConfig) -> None:

@@ -257,6 +257,21 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SpikeConfig:
+    """What is done about a gradient norm far beyond those before it (spikes.py)."""
+
+    policy: Literal["off", "skip", "stop"] = "off"
+    """skip: the optimizer step is not made, nor does an EMA teacher follow that follows each; stop: the run ends before
+    it, as at numbers that are not finite."""
+    factor: float = 10.0
+    """A spike is above this times the median of the last accepted norms."""
+    window: int = 32
+    """How many accepted norms; nothing is judged before there are as many."""
+    patience: int = 3
+    """skip: after so many skipped steps in a row the next spike ends the run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PublishConfig:
     """How trained weights reach the engines."""
 
@@ -356,6 +371,7 @@ class Config:
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     guard: GuardConfig = GuardConfig()
+    spikes: SpikeConfig = SpikeConfig()
     publish: PublishConfig = PublishConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -15,7 +15,7 @@ from megatron_sdpo import config as configuration
 from megatron_sdpo.config import Config, ConfigError
 
 _MAY_CHANGE = (
-    *("steps", "run_dir", "name", "checkpoint.", "evaluation.", "tracking.", "publish.", "engine."),
+    *("steps", "run_dir", "name", "checkpoint.", "evaluation.", "tracking.", "publish.", "engine.", "spikes."),
     *("discovery.methods", "discovery.seeds"),
 )
 """What a resumed run may change; anything else would make it another experiment under the same name."""
@@ -177,7 +177,7 @@ def wait_for(find: Callable[[], T | None], what: str, timeout_s: float) -> T:
 
 
 def _check_same_run(old: Config, new: Config, path: Path) -> None:
-    before, after = _leaves(dataclasses.asdict(old)), _leaves(dataclasses.asdict(new))
+    before, after = leaves(dataclasses.asdict(old)), leaves(dataclasses.asdict(new))
     changed = [key for key in after if before.get(key) != after[key] and not key.startswith(_MAY_CHANGE)]
     if changed:
         key = changed[0]
@@ -188,11 +188,12 @@ def _check_same_run(old: Config, new: Config, path: Path) -> None:
         )
 
 
-def _leaves(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
-    leaves: dict[str, object] = {}
+def leaves(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+    """``dataclasses.asdict`` of a configuration by dotted key; a task's options are one value."""
+    found: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and key != "options":
-            leaves |= _leaves(value, f"{prefix}{key}.")
+            found |= leaves(value, f"{prefix}{key}.")
         else:
-            leaves[prefix + key] = value
-    return leaves
+            found[prefix + key] = value
+    return found

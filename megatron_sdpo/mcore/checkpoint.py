@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor
 
 import megatron_sdpo
+from megatron_sdpo import spikes
 from megatron_sdpo.config import CheckpointConfig, ConfigError
 from megatron_sdpo.guard import History
 from megatron_sdpo.mcore import generators, manifest, platform
@@ -96,6 +97,7 @@ class Saver:
         state = _tensors(learner)
         state["progress"] = {"step": learner.step, "cursor": cursor, "journal": journal}
         state["history"] = asdict(learner.history)
+        state["norms"] = asdict(learner.norms)
         state["adam"] = {"steps": optim.steps(learner.optimizer), "rate": optim.rate(learner.optimizer)}
         state["world_size"] = learner.groups.world_size
         state["has_manifest"] = True
@@ -170,6 +172,7 @@ def load_latest(learner: Learner, folder: Path) -> Resumed | None:
     progress = Resumed(**state["progress"], refused=tuple(refused))
     learner.step = progress.step
     learner.history = History(**state["history"])
+    learner.norms = spikes.History(**state.get("norms", {}))  # of an earlier version's checkpoint nothing is known
     return progress
 
 
@@ -205,7 +208,7 @@ def save_model(model: Model, path: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed writer
     temporary.mkdir(parents=True)
     save = Save({"model": model.sharded_state_dict(prefix="", metadata=_metadata())}, temporary, asynchronous=False)
-    _write_manifest(temporary, {"versions": _versions()}, save.finish().digests)
+    _write_manifest(temporary, {"versions": versions()}, save.finish().digests)
     temporary.rename(path)
 
 
@@ -261,11 +264,12 @@ def _facts(learner: Learner) -> dict[str, Any]:
         "world_size": learner.groups.world_size,
         "layout": config["layout"],
         "config": manifest.digest_of_json(config),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what a run's numbers may depend on."""
     return {
         "megatron_sdpo": megatron_sdpo.__version__,
         "python": python_platform.python_version(),

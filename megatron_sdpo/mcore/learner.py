@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sdpo import batching, guard, objective
+from megatron_sdpo import batching, guard, objective, spikes
 from megatron_sdpo.batching import MicroBatch, RowCut, View
 from megatron_sdpo.config import Config
 from megatron_sdpo.divergence import entropy, sampled_log_probs, student_support, support_log_probs
@@ -34,6 +34,8 @@ _TOTAL = "loss/total"
 """The weighted sum that is minimised: already whole, not to be divided by tokens."""
 _PADDING = "optim/padding_tokens"
 """Tokens of the training passes that belong to no sample: they fill rows and micro-batches."""
+_SKIPPED = "optim/skipped_steps"
+"""Of the optimizer steps of a batch, those that were not made: a count, not a mean."""
 
 
 class Learner:
@@ -56,6 +58,8 @@ class Learner:
         self.step = 0
         self.history = guard.History()
         """What the collapse guard has seen; the same on every rank, as batches and evaluations are."""
+        self.norms = spikes.History()
+        """What is known of gradient norms; the same on every rank."""
         self._damping = 1.0
 
     def reset(self) -> None:
@@ -63,7 +67,7 @@ class Learner:
         load_hf(self.model, self.config.model.path, self.groups, self.config.layout)
         optim.reset(self.optimizer, self.config.optim)
         self.teacher.reset(self.weights.masters())
-        self.step, self.history, self._damping = 0, guard.History(), 1.0
+        self.step, self.history, self.norms, self._damping = 0, guard.History(), spikes.History(), 1.0
 
     def score_student(self, batch: Batch) -> StudentScores:
         """Forward only: log-probs of the sampled tokens before this batch's first step, and the top-K support.
@@ -151,7 +155,8 @@ class Learner:
     def train(self, batch: Batch, student: StudentScores, teacher: TeacherScores) -> dict[str, float]:
         """One optimizer step per mini-batch; metrics are means over them, ``/max`` the largest. Advances ``step``.
 
-        A number that is not finite raises NonFiniteError on all ranks, before the optimizer step that it would enter.
+        A number that is not finite raises NonFiniteError on all ranks, before the optimizer step that it would enter;
+        a spike of the gradient norm raises SpikeError there, or has the step skipped (``spikes.policy``).
         """
         finite.check_scores(batch, student, teacher, self.groups)
         self.history = self.history.with_reward(sum(s.reward for s in batch.samples) / len(batch.samples))
@@ -163,6 +168,8 @@ class Learner:
         self.step += 1
         columns = {key: [metrics[key] for metrics in found] for key in found[0]}
         totals = {key: max(c) if key.endswith("/max") else sum(c) / len(c) for key, c in columns.items()}
+        if _SKIPPED in totals:
+            totals[_SKIPPED] = sum(columns[_SKIPPED])
         return {**totals, "optim/lr": rate, "optim/guard": self._damping}
 
     def update_teacher(self) -> None:
@@ -228,11 +235,15 @@ class Learner:
         micro_batches = self._cut(samples, shares, "student")
         reports = forward_backward(self.wrapped, micro_batches, on_hidden)
         losses, grad_norm = [report[_TOTAL] for report in reports], optim.gradient_norm(self.optimizer)
-        finite.check_step(batch, chosen, micro_batches, losses, grad_norm, self.groups)
-        self.optimizer.step()
-        if self.config.teacher.update_every == "optimizer_step":
-            self.teacher.update(self.weights.masters(), self._damping)
-        return {**self._reduce(reports), "optim/grad_norm": grad_norm}
+        largest = finite.check_step(batch, chosen, micro_batches, losses, grad_norm, self.groups)
+        judged = finite.judge_norm(self.norms, largest, self.config.spikes, batch, chosen)
+        self.norms = judged.history
+        if judged.action == "accept":
+            optim.step(self.optimizer, grad_norm)
+            if self.config.teacher.update_every == "optimizer_step":
+                self.teacher.update(self.weights.masters(), self._damping)
+        skipped = {_SKIPPED: float(judged.action == "skip")} if self.config.spikes.policy == "skip" else {}
+        return {**self._reduce(reports), "optim/grad_norm": grad_norm, **skipped}
 
     def _head(self, weight_VH: Tensor | None = None) -> Head:
         """The model's own head, or another in its place: states of other weights need the head of these.
