@@ -12,12 +12,13 @@ import torch.distributed as dist
 from megatron_sdpo import config as configuration
 from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config
+from megatron_sdpo.launch.agreement import check_agreement
 from megatron_sdpo.launch.role import play
 from megatron_sdpo.launch.run_dir import RunDir, wait_for
 from megatron_sdpo.loop import as_batch, train
 from megatron_sdpo.mcore import checkpoint
 from megatron_sdpo.mcore import groups as parallel
-from megatron_sdpo.mcore.finite import NonFiniteError
+from megatron_sdpo.mcore.finite import StoppedError
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import canonical_parameters, save_hf
 from megatron_sdpo.mcore.learner import Learner
@@ -118,6 +119,8 @@ def run(run_dir: RunDir) -> None:
     random.seed(config.seed)  # nobody is known to draw from these two, but a checkpoint keeps them
     np.random.seed(config.seed)
     torch.use_deterministic_algorithms(config.deterministic)
+    parallel.start_world(COLLECTIVE_TIMEOUT_S)
+    check_agreement(config)
     groups = parallel.initialize(config.layout, config.seed, COLLECTIVE_TIMEOUT_S)
     learner = Learner(config, groups)
     resumed = checkpoint.load_latest(learner, run_dir.checkpoints)
@@ -129,7 +132,7 @@ def run(run_dir: RunDir) -> None:
     checkpoints = DueCheckpoints(config, learner, run_dir)
     try:
         train(config, source, learner, publisher, checkpoints, tracker, Phases())
-    except NonFiniteError as failure:  # on all ranks
+    except StoppedError as failure:  # on all ranks
         checkpoints.finish()
         raise kept(failure, run_dir, groups) from failure
     save_hf(learner.model, run_dir.exported, groups, config.layout, config.model.path)
@@ -184,14 +187,14 @@ def publisher_for(learner: Learner, run_dir: RunDir, config: Config, token: str)
     )
 
 
-def kept(failure: NonFiniteError, run_dir: RunDir, groups: ParallelGroups) -> NonFiniteError:
+def kept(failure: StoppedError, run_dir: RunDir, groups: ParallelGroups) -> StoppedError:
     """The failure with its batch on disk, and a message that says where; all ranks call this."""
     path = run_dir.failures / f"step-{failure.batch.step:08d}.msgpack"
     if groups.rank == 0:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(encode(failure.batch))
     dist.barrier(group=groups.world)  # the first rank to end takes the others with it
-    return NonFiniteError(f"{failure}; the batch is in {path}", failure.batch)
+    return type(failure)(f"{failure}; the batch is in {path}", failure.batch)
 
 
 if __name__ == "__main__":  # checkpoint writers start a process which imports this module again

@@ -81,7 +81,8 @@ def initialize(layout: LayoutConfig, seed: int, timeout_s: float) -> ParallelGro
     where Megatron wants it to. Raises ConfigError when the world has another size than the layout.
     """
     platform.redirect_megatron()
-    _start_world(layout, timeout_s)
+    start_world(timeout_s)
+    _check_size(layout)
     parallel_state.initialize_model_parallel(
         layout.tensor_parallel,
         layout.pipeline_parallel,
@@ -106,7 +107,8 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _start_world(layout: LayoutConfig, timeout_s: float) -> None:
+def start_world(timeout_s: float) -> None:
+    """Start torch.distributed, from torchrun's environment or alone, unless it runs; ranks can talk then."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
@@ -116,6 +118,9 @@ def _start_world(layout: LayoutConfig, timeout_s: float) -> None:
         else:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(platform.backend(), store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def _check_size(layout: LayoutConfig) -> None:
     size = dist.get_world_size()
     if size != layout.world_size:
         dist.destroy_process_group()
