@@ -30,6 +30,7 @@ _AT_LEAST = {
             "evaluation.questions",
         ),
         *("guard.reward_window", "guard.accuracy_window", "spikes.window", "spikes.patience"),
+        "ranks.slow_steps",
         *("discovery.questions", "discovery.seeds", "discovery.budget", "discovery.best_of_k_samples"),
     ),
     0: (
@@ -41,7 +42,7 @@ _AT_LEAST = {
 _ABOVE_0 = (
     *("rollout.temperature", "engine.start_timeout_s", "engine.request_timeout_s", "publish.timeout_s", "optim.eps"),
     *("publish.probe_tolerance", "objective.policy_drift_clip", "objective.engine_mismatch_cap"),
-    *("objective.stop_at_saturation", "objective.advantage_clip"),
+    *("objective.stop_at_saturation", "objective.advantage_clip", "ranks.timeout_s", "ranks.slow_share"),
 )
 _FROM_0_TO_1 = (
     "objective.alpha",

@@ -272,6 +272,19 @@ class SpikeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RanksConfig:
+    """What trainer ranks are held to."""
+
+    timeout_s: float = 1800.0
+    """Longest time in one phase (building, loading, scoring, training, publishing, saving); then the run ends with a
+    message that tells which ranks did not arrive. Waiting for attempts has no bound."""
+    slow_share: float = 0.3
+    """How much more own work than the others a rank may need before it counts as slow: 0.3 is 30 %."""
+    slow_steps: int = 5
+    """After so many slow steps in a row the console says so."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PublishConfig:
     """How trained weights reach the engines."""
 
@@ -372,6 +385,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     guard: GuardConfig = GuardConfig()
     spikes: SpikeConfig = SpikeConfig()
+    ranks: RanksConfig = RanksConfig()
     publish: PublishConfig = PublishConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -26,6 +26,9 @@ GPU_DETERMINISM = {
 """What the libraries want to be told before a trainer starts; not yet run on a GPU."""
 
 
+_STOPPED = "all roles were stopped, the same command continues from the last checkpoint"
+
+
 class RoleDied(RuntimeError):
     """A role ended before the run was finished; the message names it and shows the end of its log."""
 
@@ -137,12 +140,15 @@ def _watch(roles: Sequence[_Role], fleet: Fleet, run_dir: RunDir) -> None:
             code = role.process.poll()
             if code is not None:
                 raise RoleDied(_words(role.name, code, run_dir.failure_of(role.name) or log_tail(role.log)))
+        # A stopped rank does not obey torchrun, which would wait for it: what is to be said has been said.
+        if run_dir.hung.exists() and (why := run_dir.failure_of(trainer.name)):
+            raise RoleDied(f"trainer hung; {_STOPPED}.\n{why}")
         time.sleep(POLL_S)
 
 
 def _words(name: str, code: int, why: str) -> str:
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return f"{name} {how}; all roles were stopped, the same command continues from the last checkpoint.\n{why}".strip()
+    return f"{name} {how}; {_STOPPED}.\n{why}".strip()
 
 
 def _stop(roles: Sequence[_Role]) -> None:

@@ -16,6 +16,7 @@ from megatron_sdpo.config import Config, ConfigError
 
 _MAY_CHANGE = (
     *("steps", "run_dir", "name", "checkpoint.", "evaluation.", "tracking.", "publish.", "engine.", "spikes."),
+    "ranks.",
     *("discovery.methods", "discovery.seeds"),
 )
 """What a resumed run may change; anything else would make it another experiment under the same name."""
@@ -65,6 +66,16 @@ class RunDir:
         return self.path / "addresses"
 
     @property
+    def ranks(self) -> Path:
+        """Where each trainer rank says where it is (launch/watchdog.py)."""
+        return self.path / "ranks"
+
+    @property
+    def hung(self) -> Path:
+        """Exists from when a rank has found that the ranks do not get on."""
+        return self.ranks / "hung"
+
+    @property
     def token_file(self) -> Path:
         return self.path / "token"
 
@@ -83,7 +94,8 @@ class RunDir:
             raise self._not_writable(error) from error
         self.check_resumable(config)
         self._set_logs_aside()
-        for stale in (*self.addresses.iterdir(), *self.logs.glob("*.failure")):
+        self.ranks.mkdir(exist_ok=True)
+        for stale in (*self.addresses.iterdir(), *self.ranks.iterdir(), *self.logs.glob("*.failure")):
             stale.unlink()
         self.token_file.unlink(missing_ok=True)
         descriptor = os.open(self.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

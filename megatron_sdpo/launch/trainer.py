@@ -1,5 +1,6 @@
 """A trainer rank's process: ``torchrun ... -m megatron_sdpo.launch.trainer RUN_DIR``."""
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megatron_sdpo.config import Config
 from megatron_sdpo.launch.agreement import check_agreement
 from megatron_sdpo.launch.role import play
 from megatron_sdpo.launch.run_dir import RunDir, wait_for
+from megatron_sdpo.launch.watchdog import Watchdog
 from megatron_sdpo.loop import as_batch, train
 from megatron_sdpo.mcore import checkpoint
 from megatron_sdpo.mcore import groups as parallel
@@ -32,7 +34,7 @@ from megatron_sdpo.tracking import Tracker
 from megatron_sdpo.types import Batch, BatchSource, Evaluation, WeightsPublisher, encode
 
 COLLECTIVE_TIMEOUT_S = 7200.0
-"""Ranks wait in a collective while rank 0 waits for generation, which may take long."""
+"""Ranks wait in a collective while rank 0 waits for generation, which may take long; the watchdog bounds the rest."""
 
 
 class SharedCoordinator:
@@ -119,26 +121,46 @@ def run(run_dir: RunDir) -> None:
     random.seed(config.seed)  # nobody is known to draw from these two, but a checkpoint keeps them
     np.random.seed(config.seed)
     torch.use_deterministic_algorithms(config.deterministic)
-    parallel.start_world(COLLECTIVE_TIMEOUT_S)
-    check_agreement(config)
-    groups = parallel.initialize(config.layout, config.seed, COLLECTIVE_TIMEOUT_S)
-    learner = Learner(config, groups)
-    resumed = checkpoint.load_latest(learner, run_dir.checkpoints)
+    watchdog = watchdog_of(config, run_dir)
+    phases = Phases([watchdog])
+    with phases("start"):
+        groups = start(config)
+    with phases("build"):
+        learner = Learner(config, groups)
+    with phases("resume"):
+        resumed = checkpoint.load_latest(learner, run_dir.checkpoints)
     tracker = Tracker(config, run_dir.path, is_writer=groups.rank == 0)
     tracker.truncate_after(learner.step if resumed else -1)
-    source, publisher = _around(learner, run_dir, config, token)
+    with phases("wait"):
+        source, publisher = _around(learner, run_dir, config, token)
+    phases.taken()  # no step took these times
     if resumed and groups.rank == 0:
         print("\n".join(resumed_words(resumed, Journal(run_dir.attempts))), flush=True)
     checkpoints = DueCheckpoints(config, learner, run_dir)
     try:
-        train(config, source, learner, publisher, checkpoints, tracker, Phases())
+        train(config, source, learner, publisher, checkpoints, tracker, phases)
     except StoppedError as failure:  # on all ranks
-        checkpoints.finish()
-        raise kept(failure, run_dir, groups) from failure
-    save_hf(learner.model, run_dir.exported, groups, config.layout, config.model.path)
+        with phases("stop"):
+            checkpoints.finish()
+            raise kept(failure, run_dir, groups) from failure
+    with phases("export"):
+        save_hf(learner.model, run_dir.exported, groups, config.layout, config.model.path)
     publisher.close()
     tracker.close()
+    watchdog.close()
     parallel.shutdown()
+
+
+def watchdog_of(config: Config, run_dir: RunDir) -> Watchdog:
+    """Of this process, which torchrun has told its rank, or which is alone."""
+    return Watchdog(config, run_dir, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def start(config: Config) -> ParallelGroups:
+    """The ranks meet, find that they are of one mind, and take their places."""
+    parallel.start_world(COLLECTIVE_TIMEOUT_S)
+    check_agreement(config)
+    return parallel.initialize(config.layout, config.seed, COLLECTIVE_TIMEOUT_S)
 
 
 def _around(learner: Learner, run_dir: RunDir, config: Config, token: str) -> tuple[BatchSource, WeightsPublisher]:
