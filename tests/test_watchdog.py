@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -94,7 +95,7 @@ def test_a_watchdog_says_where_its_rank_is(tmp_path: Path) -> None:
     wait(lambda: not any(t.name == "watchdog" for t in threading.enumerate()))
 
 
-def wait(condition: Callable[[], object], timeout_s: float = 60.0):
+def wait(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not happen"

@@ -16,6 +16,7 @@ from megatron_sdpo.config import Config
 from megatron_sdpo.launch.agreement import check_agreement
 from megatron_sdpo.launch.role import play
 from megatron_sdpo.launch.run_dir import RunDir, wait_for
+from megatron_sdpo.launch.stragglers import OwnWork, StragglerLog
 from megatron_sdpo.launch.watchdog import Watchdog
 from megatron_sdpo.loop import as_batch, train
 from megatron_sdpo.mcore import checkpoint
@@ -122,7 +123,8 @@ def run(run_dir: RunDir) -> None:
     np.random.seed(config.seed)
     torch.use_deterministic_algorithms(config.deterministic)
     watchdog = watchdog_of(config, run_dir)
-    phases = Phases([watchdog])
+    own_work = OwnWork()
+    phases = Phases([watchdog, own_work])
     with phases("start"):
         groups = start(config)
     with phases("build"):
@@ -137,8 +139,9 @@ def run(run_dir: RunDir) -> None:
     if resumed and groups.rank == 0:
         print("\n".join(resumed_words(resumed, Journal(run_dir.attempts))), flush=True)
     checkpoints = DueCheckpoints(config, learner, run_dir)
+    rows = StragglerLog(config.ranks, groups, own_work, tracker)
     try:
-        train(config, source, learner, publisher, checkpoints, tracker, phases)
+        train(config, source, learner, publisher, checkpoints, rows, phases)
     except StoppedError as failure:  # on all ranks
         with phases("stop"):
             checkpoints.finish()
