@@ -53,6 +53,13 @@ class RunDir:
         """Batches that training stopped at: ``step-00000012.msgpack``, read by ``types.decode(data, Batch)``."""
         return self.path / "failures"
 
+    def failure(self, step: int) -> Path:
+        return self.failures / f"step-{step:08d}.msgpack"
+
+    def replay(self, step: int) -> "RunDir":
+        """What ``megatron-sdpo replay`` writes when it runs a step of this run again."""
+        return RunDir(self.path / "replay" / f"step-{step:08d}")
+
     @property
     def exported(self) -> Path:
         return self.path / "hf"

@@ -214,7 +214,7 @@ def publisher_for(learner: Learner, run_dir: RunDir, config: Config, token: str)
 
 def kept(failure: StoppedError, run_dir: RunDir, groups: ParallelGroups) -> StoppedError:
     """The failure with its batch on disk, and a message that says where; all ranks call this."""
-    path = run_dir.failures / f"step-{failure.batch.step:08d}.msgpack"
+    path = run_dir.failure(failure.batch.step)
     if groups.rank == 0:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(encode(failure.batch))

@@ -143,14 +143,17 @@ def save(learner: Learner, folder: Path, cursor: int, keep: int) -> Path:
     return folder / f"step-{learner.step:08d}"
 
 
-def load_latest(learner: Learner, folder: Path) -> Resumed | None:
+def load_latest(learner: Learner, folder: Path, at_most: int | None = None) -> Resumed | None:
     """Load the newest intact checkpoint into model, optimizer, teacher, guard and generators; None without any.
 
     The layout may have changed since. Generator states belong to ranks: in a world of another size they stay as the
     seed set them. A checkpoint that is not as it was written is set aside, as ``step-N.damaged``, and the one before
     is taken; CheckpointError, with nothing touched, when none is left.
+
+    Under ``at_most`` a run is only looked at: later steps do not count, no file is touched, and None means to begin
+    with the model's directory.
     """
-    path, refused = _newest_intact(learner.groups, folder)
+    path, refused = _newest_intact(learner.groups, folder, at_most)
     if path is None:
         return None
     template = _tensors(learner)
@@ -307,27 +310,30 @@ def _all_written(save: Save, groups: ParallelGroups, wait: bool) -> bool:
     return not seen[0]
 
 
-def _newest_intact(groups: ParallelGroups, folder: Path) -> tuple[Path | None, list[str]]:
+def _newest_intact(groups: ParallelGroups, folder: Path, at_most: int | None) -> tuple[Path | None, list[str]]:
     """The same on all ranks: the checkpoint to load, if there is one, and what is wrong with those that are newer."""
+    looks = at_most is not None
     box: list[Any] = [(steps(folder), sorted(path.name for path in folder.glob(f"*{_DAMAGED}*")))]
     dist.broadcast_object_list(box, src=0, group=groups.world)
     found, set_aside = box[0]
+    found = [step for step in found if at_most is None or step <= at_most]
     refused: dict[Path, list[str]] = {}
     for step in reversed(found):
         path = folder / f"step-{step:08d}"
         damage = _damage(path, groups)
         if not damage:
-            _on_first_rank(groups, lambda: [_set_aside(damaged) for damaged in refused])
+            if not looks:
+                _on_first_rank(groups, lambda: [_set_aside(damaged) for damaged in refused])
             return path, [sentence for sentences in refused.values() for sentence in sentences]
         refused[path] = damage
-    if refused or set_aside:
+    if (refused or set_aside) and not looks:
         words = "; ".join(sentence for sentences in refused.values() for sentence in sentences[:1])
         words = words or f"only {', '.join(set_aside)} are left"
         raise CheckpointError(
             f"no checkpoint in {folder} is intact ({words}); nothing was changed: put an intact copy back, or move"
             f" {folder} away to train again from step 0 on the attempts that are journalled"
         )
-    return None, []
+    return None, [sentence for sentences in refused.values() for sentence in sentences]
 
 
 def _damage(path: Path, groups: ParallelGroups | None = None) -> list[str]:

@@ -30,7 +30,8 @@ from megatron_sdpo.mcore.targets import Targets
 from megatron_sdpo.teacher import TeacherWeights, mixed_logits
 from megatron_sdpo.types import Batch, Sample
 
-_TOTAL = "loss/total"
+OnHidden = Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
+TOTAL = "loss/total"
 """The weighted sum that is minimised: already whole, not to be divided by tokens."""
 _PADDING = "optim/padding_tokens"
 """Tokens of the training passes that belong to no sample: they fill rows and micro-batches."""
@@ -215,9 +216,10 @@ class Learner:
         """Log-probs of the response tokens."""
         return (sampled_log_probs(logits_CV, micro_batch.response_ids_N[rows], self.groups.tensor),)
 
-    def _optimizer_step(
+    def _passes(
         self, batch: Batch, chosen: Sequence[int], student: StudentScores, teacher: TeacherScores
-    ) -> dict[str, float]:
+    ) -> tuple[list[MicroBatch], OnHidden]:
+        """This rank's micro-batches of a mini-batch, and what makes losses of their hidden states."""
         samples, objective_config = batch.samples, self.config.objective
         numbers = self.targets.numbers(samples, chosen)
 
@@ -226,15 +228,24 @@ class Learner:
             teacher_head = self._head(teacher.states.head_VH if teacher.states else None)
             loss, metrics = objective.loss_of_hidden(hidden_NH, self._head(), targets, objective_config, teacher_head)
             padding = loss.new_tensor(micro_batch.padding / self.groups.context_size)
-            return loss, {**metrics, _TOTAL: loss.detach(), _PADDING: padding}
+            return loss, {**metrics, TOTAL: loss.detach(), _PADDING: padding}
 
+        shares = batching.assign(_costs(samples), chosen, self.groups.data_size)
+        return self._cut(samples, shares, "student"), on_hidden
+
+    def _accumulate(self, micro_batches: Sequence[MicroBatch], on_hidden: OnHidden) -> list[dict[str, Tensor]]:
+        """The gradient of these micro-batches and no others, summed over all ranks; their reports on the last stage."""
         for ddp in self.wrapped:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        shares = batching.assign(_costs(samples), chosen, self.groups.data_size)
-        micro_batches = self._cut(samples, shares, "student")
-        reports = forward_backward(self.wrapped, micro_batches, on_hidden)
-        losses, grad_norm = [report[_TOTAL] for report in reports], optim.gradient_norm(self.optimizer)
+        return forward_backward(self.wrapped, micro_batches, on_hidden)
+
+    def _optimizer_step(
+        self, batch: Batch, chosen: Sequence[int], student: StudentScores, teacher: TeacherScores
+    ) -> dict[str, float]:
+        micro_batches, on_hidden = self._passes(batch, chosen, student, teacher)
+        reports = self._accumulate(micro_batches, on_hidden)
+        losses, grad_norm = [report[TOTAL] for report in reports], optim.gradient_norm(self.optimizer)
         largest = finite.check_step(batch, chosen, micro_batches, losses, grad_norm, self.groups)
         judged = finite.judge_norm(self.norms, largest, self.config.spikes, batch, chosen)
         self.norms = judged.history
@@ -284,7 +295,7 @@ class Learner:
             dist.all_reduce(total, group=self.groups.data_context)
             by_key = dict(zip(sums, total.tolist(), strict=True))
             tokens = max(by_key.get("loss/tokens", 0.0), 1.0)
-            reduced = {k: v if k in (_TOTAL, _PADDING, "loss/tokens") else v / tokens for k, v in by_key.items()}
+            reduced = {k: v if k in (TOTAL, _PADDING, "loss/tokens") else v / tokens for k, v in by_key.items()}
             maxima = sorted(report.keys() - set(sums))
             if maxima:
                 largest = torch.stack([report[key] for key in maxima])
