@@ -1,22 +1,34 @@
-"""The trainer with a fault put in: its second rank never enters the collectives of a training phase."""
+"""The trainer with a fault put in: its second rank never enters the collectives of a phase.
+
+``SECOND_RANK_NEVER_ENTERS`` is "train" (of the second step) or "build".
+"""
 
 import os
 import time
+from typing import Any
 
+from megatron_sdpo.launch import trainer
 from megatron_sdpo.launch.role import play
-from megatron_sdpo.launch.trainer import run
-from megatron_sdpo.mcore.learner import Learner
 
-HANGS_AT = 1
+STEP = 1
 
 
-def train_but_the_second_rank_never_arrives(learner: Learner, *arguments: object) -> dict[str, float]:
-    while learner.step == HANGS_AT and os.environ["RANK"] == "1":
+class LearnerWhoseSecondRankNeverArrives(trainer.Learner):
+    def __init__(self, *arguments: Any) -> None:
+        never_arrives("build")
+        super().__init__(*arguments)
+
+    def train(self, *arguments: Any) -> dict[str, float]:
+        if self.step == STEP:
+            never_arrives("train")
+        return super().train(*arguments)
+
+
+def never_arrives(phase: str) -> None:
+    while os.environ["RANK"] == "1" and os.environ["SECOND_RANK_NEVER_ENTERS"] == phase:
         time.sleep(1.0)
-    return _train(learner, *arguments)  # pyright: ignore[reportArgumentType]
 
 
 if __name__ == "__main__":
-    _train = Learner.train
-    Learner.train = train_but_the_second_rank_never_arrives
-    play("trainer", run)
+    trainer.Learner = LearnerWhoseSecondRankNeverArrives
+    play("trainer", trainer.run)

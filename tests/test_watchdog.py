@@ -1,5 +1,6 @@
 """Ranks that do not get on end the run in bounded time, with a line a rank."""
 
+import os
 import re
 import signal
 import subprocess
@@ -106,7 +107,7 @@ def wait(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
 class Started:
     """A training of two ranks on a made-up journal, under the launcher."""
 
-    def __init__(self, folder: Path, module: str) -> None:
+    def __init__(self, folder: Path, module: str, never_enters: str = "") -> None:
         self.run_dir = RunDir(folder / "run")
         overrides = [
             "layout.world_size=2",
@@ -126,6 +127,7 @@ class Started:
                 cwd=ROOT,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "SECOND_RANK_NEVER_ENTERS": never_enters},
             )
 
     def ranks(self) -> dict[str, psutil.Process]:
@@ -148,12 +150,9 @@ class Started:
 @pytest.mark.timeout(600)
 def test_a_stopped_rank_and_one_that_never_arrives_end_their_runs_by_name(tmp_path: Path) -> None:
     """Two runs beside each other, as each is mostly waited for."""
-    tokens, journal = Chat(BASE_MODEL), Journal(tmp_path / "attempts")
-    question = load_task("minipipe", **minipipe().task.options).train_questions()[0]
-    for step in range(STEPS):
-        journal.append(group(step, 0, question, tokens))
+    write_journal(tmp_path)
     stopped = Started(tmp_path / "stopped", "megatron_sdpo.launch.trainer")
-    hanging = Started(tmp_path / "hanging", "tests.hanging_trainer")
+    hanging = Started(tmp_path / "hanging", "tests.hanging_trainer", "train")
     try:
         wait(lambda: stopped.has_trained(2), 300)
         processes = stopped.ranks()
@@ -181,7 +180,29 @@ def test_a_stopped_rank_and_one_that_never_arrives_end_their_runs_by_name(tmp_pa
     )
     log = (hanging.run_dir.logs / "trainer.log").read_text()
     assert "Python stacks of rank 0 on" in log and "Python stacks of rank 1 on" in log
-    assert "in train_but_the_second_rank_never_arrives" in log
+    assert "in never_arrives" in log
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_rank_that_does_not_get_through_its_start_ends_the_run(tmp_path: Path) -> None:
+    write_journal(tmp_path)
+    run = Started(tmp_path / "hanging", "tests.hanging_trainer", "build")
+    try:
+        assert run.process.wait(300) == 1
+    finally:
+        run.kill()
+    first, absent, _ = check_message(run)
+    assert first.endswith("in phase build of step 0; not arrived: rank 1"), first
+    assert re.fullmatch(r"rank 1 on \S+: step 0, phase build, for 2\d s, alive, at trainer.py:\d+ run", absent), absent
+    assert read_metrics(run.run_dir.path) == []
+
+
+def write_journal(folder: Path) -> None:
+    tokens, journal = Chat(BASE_MODEL), Journal(folder / "attempts")
+    question = load_task("minipipe", **minipipe().task.options).train_questions()[0]
+    for step in range(STEPS):
+        journal.append(group(step, 0, question, tokens))
 
 
 def check_message(run: Started) -> list[str]:

@@ -117,7 +117,7 @@ def run(own_dir: RunDir) -> None:
     with phases("resume"):
         resumed = checkpoint.load_latest(learner, run_dir.checkpoints, at_most=step)
     begins = "the model's directory" if resumed is None else f"the checkpoint of step {resumed.step}"
-    say(f"begins with {begins}, trains {step - learner.step} steps from the journal")
+    say(f"begins with {begins}, {step - learner.step} steps before this one are trained from the journal")
     source = ReplaySource(config, run_dir, Journal(Path(config.debug.from_journal or "")), step)
     say(f"step {step}, {'a batch kept at its failure' if run_dir.failure(step).exists() else 'as journalled'}:")
     rows = LastRow()
