@@ -40,8 +40,11 @@ def test_taking_a_step_apart_changes_nothing(folder: Path, groups: ParallelGroup
     check_inspection(folder, groups, LayoutConfig())
 
 
-def test_nor_under_layouts(folder: Path) -> None:
-    run_ranks("dist_replay.py", 2, [str(folder), "dp2-overlap", "pp2vp2"], timeout=200)
+@pytest.mark.parametrize(
+    "layouts", [("pp2vp2",), pytest.param(("dp2-overlap", "cp2", "tp2-sp"), marks=pytest.mark.slow)]
+)
+def test_nor_under_layouts(folder: Path, layouts: tuple[str, ...]) -> None:
+    run_ranks("dist_replay.py", 2, [str(folder), *layouts], timeout=300)
 
 
 def test_what_is_said_of_a_micro_batch() -> None:

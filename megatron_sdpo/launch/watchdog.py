@@ -111,7 +111,7 @@ class Watchdog:
             overdue = silent > self._timeout_s if now[2] in WAITING else seconds > self._timeout_s
             if overdue and self._marks_hung():
                 self._report(now, seconds)
-            elif self._run_dir.hung.exists():
+            elif self._is_hung():
                 self._end_with_the_others(now, seconds)
 
     def _place(self, now: tuple[int, int, str], seconds: float, has_shown_stacks: bool = False) -> Place:
@@ -133,19 +133,29 @@ class Watchdog:
         return self._run_dir.ranks / f"{rank:05d}.json"
 
     def _read(self, rank: int) -> Place | None:
-        file = self._file(rank)
-        return Place(**json.loads(file.read_text())) if file.exists() else None
+        try:
+            return Place(**json.loads(self._file(rank).read_text()))
+        except (OSError, ValueError):  # not there, or not for a moment
+            return None
 
     def _read_all(self) -> list[Place | None]:
         return [self._read(rank) for rank in range(self._ranks)]
 
     def _marks_hung(self) -> bool:
-        """Whether this rank is the first."""
+        """Whether this rank is the first, as far as it can tell: it ends in any case."""
         try:
             self._run_dir.hung.touch(exist_ok=False)
         except FileExistsError:
             return False
+        except OSError:
+            return True
         return True
+
+    def _is_hung(self) -> bool:
+        try:
+            return self._run_dir.hung.exists()
+        except OSError:
+            return False
 
     def _report(self, now: tuple[int, int, str], seconds: float) -> None:
         try:
@@ -167,8 +177,7 @@ class Watchdog:
             time.sleep(self.tick_s / 2)
             after = self._read_all()
         after[self._rank] = own
-        alive = [a is not None and (b is None or a.ticks > b.ticks) for a, b in zip(after, before, strict=True)]
-        return report(after, alive, own, self._timeout_s)
+        return report(after, [_lives(*both) for both in zip(before, after, strict=True)], own, self._timeout_s)
 
     def _end_with_the_others(self, now: tuple[int, int, str], seconds: float) -> None:
         self._show_stacks()
@@ -184,6 +193,11 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             os.write(sys.stderr.fileno(), file.read())
+
+
+def _lives(before: Place | None, after: Place | None) -> bool:
+    """Whether a rank has shown life since the run was marked as hung."""
+    return after is not None and (after.has_shown_stacks or before is None or after.ticks > before.ticks)
 
 
 def position(frame: FrameType | None) -> tuple[str, bool]:
