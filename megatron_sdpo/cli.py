@@ -1,4 +1,4 @@
-"""The command line: ``megatron-sdpo train | discover | evaluate | serve | convert | report``.
+"""The command line: ``megatron-sdpo train | discover | evaluate | serve | convert | replay | report``.
 
 Exit codes: 0 done, 1 a running role failed, 2 the request cannot work (one sentence on standard error),
 128 + n stopped by signal n.
@@ -19,8 +19,8 @@ from pathlib import Path
 from megatron_sdpo import __version__
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import Config, ConfigError
-from megatron_sdpo.launch.local import DISCOVERY, Interrupted, RoleDied, run_locally
-from megatron_sdpo.launch.preflight import check_engines, check_run
+from megatron_sdpo.launch.local import DISCOVERY, REPLAY, Interrupted, RoleDied, run_locally
+from megatron_sdpo.launch.preflight import check_engines, check_replay, check_run
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.rollout.control import EngineError
 from megatron_sdpo.tracking import read_metrics
@@ -157,6 +157,22 @@ def report(arguments: argparse.Namespace) -> None:
 
     write = write_discovery if RunDir(arguments.run_dir).trials.is_dir() else write_report
     print(write(arguments.run_dir))
+
+
+def replay(arguments: argparse.Namespace) -> None:
+    """One step of a run once more, taken apart; the run's directory is only read, but for ``replay/`` in it."""
+    run_dir, step = RunDir(arguments.run_dir), arguments.step
+    config = configuration.load(run_dir.config)
+    run_dir.check_kind(discovery=False)
+    journal = Path(config.debug.from_journal or run_dir.attempts)
+    check_replay(run_dir, config, journal, step)
+    from megatron_sdpo.launch.replay_trainer import Request  # loads torch and megatron
+
+    own = run_dir.replay(step)
+    Request(str(run_dir.path), step, arguments.detect_anomaly).save(own.path)
+    debug = dataclasses.replace(config.debug, from_journal=str(journal))
+    print(f"replay of step {step} of {run_dir.path}, trainer {_layout_words(config)}; log {own.logs / 'trainer.log'}")
+    run_locally(dataclasses.replace(config, run_dir=str(own.path), debug=debug), own, REPLAY)
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -309,6 +325,29 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("target", type=Path, help="directory to write; must not exist")
     command.add_argument("--step", type=int, help="which checkpoint of the run; default: the newest")
     command.set_defaults(run=convert)
+
+    command = commands.add_parser(
+        "replay",
+        formatter_class=raw,
+        help="run one step of a run again, micro-batch by micro-batch",
+        description="Run one step of a run again, from the newest checkpoint before it and the journal: losses,\n"
+        "samples and gradient norms of each micro-batch, and whether the numbers are those of metrics.jsonl.\n"
+        "A batch that training stopped at (RUN_DIR/failures/) is used for its step.",
+    )
+    command.add_argument("run_dir", type=Path)
+    command.add_argument(
+        "--step",
+        type=int,
+        required=True,
+        metavar="S",
+        help="the batch, as messages and failures/ count: it makes weights S into S + 1, whose row is S + 1",
+    )
+    command.add_argument(
+        "--detect-anomaly",
+        action="store_true",
+        help="have autograd name the operation whose backward pass made a NaN (the log shows where it was called)",
+    )
+    command.set_defaults(run=replay)
 
     command = commands.add_parser("report", help="write RUN_DIR/report.html and curve.png")
     command.add_argument("run_dir", type=Path)

@@ -92,8 +92,9 @@ def train(
     phases: Phases,
 ) -> None:
     """Every trainer rank runs this, in step with the others, from ``learner.step`` to ``config.steps``."""
-    publisher.publish(learner.step)  # the engines never sample from unknown weights
-    source.published(learner.step)
+    with phases("sync"):
+        publisher.publish(learner.step)  # the engines never sample from unknown weights
+        source.published(learner.step)
     if learner.step == 0 and (evaluated := _evaluate(config, source, learner)):
         metrics_log.log(0, evaluated)
     seconds: dict[str, float] = {}
@@ -119,7 +120,8 @@ def train(
         with phases("checkpoint"):  # after the row: a resumed run has the row of every step that it skips
             written = checkpoints.save_if_due(batch.cursor)
         seconds = {**phases.taken(), **written}
-    checkpoints.finish()
+    with phases("checkpoint"):
+        checkpoints.finish()
 
 
 def _evaluate(config: Config, source: BatchSource, learner: "Learner") -> dict[str, float]:

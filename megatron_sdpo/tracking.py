@@ -80,6 +80,15 @@ class Tracker:
         for sink in self._sinks:
             sink.log(step, {k: v for k, v in row.items() if v is not None and k != "step"})
 
+    def say(self, words: str) -> None:
+        """A warning on the console, between the lines of the steps."""
+        if not self._is_writer:
+            return
+        if self._bar is None:
+            print(f"warning: {words}", flush=True)
+        else:
+            self._bar.console.print(f"warning: {words}", markup=False, highlight=False, soft_wrap=True)
+
     def truncate_after(self, step: int) -> None:
         """Drop the rows beyond ``step`` atomically: a run that resumes from a checkpoint records them again."""
         if not self._is_writer:

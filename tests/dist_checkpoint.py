@@ -33,7 +33,11 @@ RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "pp2": ("pp2vp2", "qwen3-tied", ("optim.mini_batches=2", "guard.signal=accuracy")),
     "dp2": ("dp2", "llama", ("optim.mini_batches=2",)),
     "tp2-bf16": ("tp2", "llama", ("model.dtype=bfloat16",)),
-    "divided": ("dp2-overlap", "qwen3-tied", ("optim.mini_batches=2", "guard.signal=accuracy")),
+    "divided": (
+        "dp2-overlap",
+        "qwen3-tied",
+        ("optim.mini_batches=2", "guard.signal=accuracy", "spikes.policy=skip", "spikes.window=3"),
+    ),
     "divided-bf16": ("cp2-do", "llama", ("model.dtype=bfloat16",)),
 }
 """Name -> (layout, model, overrides)."""
@@ -57,6 +61,7 @@ def state_of(learner: Learner) -> dict[str, Any]:
         "rng": torch.get_rng_state(),
         "step": learner.step,
         "history": (learner.history.rewards, learner.history.accuracies),
+        "norms": (learner.norms.norms, learner.norms.skipped),
     }
 
 

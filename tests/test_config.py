@@ -169,6 +169,9 @@ POSITIVE = (
     "evaluation.questions",
     "guard.reward_window",
     "guard.accuracy_window",
+    "spikes.window",
+    "spikes.patience",
+    "ranks.slow_steps",
 )
 
 
@@ -266,6 +269,9 @@ _TP2 = ("layout.tensor_parallel=2", "layout.world_size=2")
         (["objective.support=sampled"], "but objective.alpha is 0.5; set objective.alpha=1"),
         (["guard.drop=1.5"], "guard.drop is 1.5; it must lie between 0 and 1"),
         (["guard.damping=-0.1"], "guard.damping is -0.1; it must lie between 0 and 1"),
+        (["ranks.timeout_s=0"], "ranks.timeout_s is 0.0; set it above 0"),
+        (["ranks.slow_share=0"], "ranks.slow_share is 0.0; set it above 0"),
+        (["spikes.factor=1"], "spikes.factor is 1; it multiplies a usual norm, set it above 1"),
         (["guard.signal=accuracy", "evaluation.every=0"], "set evaluation.every to 1 or more"),
         (["guard.signal=both", "objective.kind=next_token"], "watches rewards, which kind next_token has not"),
         (["deterministic=true", "rollout.max_staleness=1"], "set rollout.max_staleness=0 or deterministic=false"),

@@ -1,6 +1,7 @@
 """A trainer without engines, on what a journal holds; engines without a trainer, filling one."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,16 @@ def train(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def replayed(run_dir: Path, step: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_sdpo.cli", "replay", str(run_dir), f"--step={step}", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
 def group(step: int, slot: int, question: Question, tokens: Chat) -> Group:
     """Two attempts at a question, made up and judged by its verifier."""
     task = load_task("minipipe", **minipipe().task.options)
@@ -54,7 +65,7 @@ def test_a_trainer_needs_only_a_journal(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "attempts has 0 groups of step 2, not rollout.prompts_per_step 2; set steps=2" in done.stderr
     assert not run_dir.exists()
-    done = train(f"--from-journal={tmp_path / 'other'}", f"--run-dir={run_dir}")
+    done = train(f"--from-journal={tmp_path / 'other'}", f"--run-dir={run_dir}", "--deterministic")
     assert done.returncode == 0, done.stderr
     rows = read_metrics(run_dir)
     assert [row["step"] for row in rows] == [1, 2]
@@ -62,6 +73,15 @@ def test_a_trainer_needs_only_a_journal(tmp_path: Path) -> None:
     assert checkpoint.steps(run_dir / "checkpoints") == [1, 2]
     assert [path.name for path in (run_dir / "logs").glob("*.log")] == ["trainer.log"]
     assert (run_dir / "hf" / "model.safetensors").is_file()
+    done = replayed(run_dir, 1)
+    assert done.returncode == 0, done.stderr
+    assert "begins with the checkpoint of step 1, 0 steps before this one" in done.stdout
+    assert_equal_to_the_bit(done.stdout, row=2)
+
+
+def assert_equal_to_the_bit(said: str, row: int) -> None:
+    found = re.search(rf"row {row} of metrics.jsonl: (\d+) of (\d+) numbers are equal to the bit\n", said)
+    assert found is not None and found[1] == found[2] and int(found[2]) > 15, said
 
 
 def test_no_journal_is_refused(tmp_path: Path) -> None:

@@ -363,7 +363,7 @@ def test_the_loop_tells_the_guard_of_every_evaluation_before_the_checkpoint(
 def test_a_teacher_that_follows_each_optimizer_step_has_followed_them_all(folder: Path, groups: ParallelGroups) -> None:
     overrides = ("teacher.update_rate=0.5", "teacher.update_every=optimizer_step", "optim.mini_batches=2")
     learner = make_learner(make_config(folder / "llama", overrides), groups)
-    wrapped = learner.optimizer.step
+    wrapped = learner.optimizer.step_with_ready_grads
     weights = [[parameter.detach().clone() for parameter in learner.model.parameters()]]
 
     def step() -> Any:
@@ -371,7 +371,7 @@ def test_a_teacher_that_follows_each_optimizer_step_has_followed_them_all(folder
         weights.append([parameter.detach().clone() for parameter in learner.model.parameters()])
         return result
 
-    learner.optimizer.step = step
+    learner.optimizer.step_with_ready_grads = step
     learn(learner, make_batch())
     assert len(weights) == 3
     for teacher, w0, w1, w2 in zip(learner.teacher.tensors, *weights, strict=True):

@@ -70,7 +70,8 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, below: str) -
 
 def test_a_fresh_directory_has_everything(tmp_path: Path) -> None:
     run_dir = started(tmp_path / "run", progress=None)
-    assert sorted(contents(run_dir.path)) == ["addresses", "attempts", "checkpoints", "config.json", "logs", "token"]
+    folders = ["addresses", "attempts", "checkpoints", "logs", "ranks"]
+    assert sorted(contents(run_dir.path)) == sorted([*folders, "config.json", "token"])
     assert configuration.load(run_dir.config) == config()
     assert not run_dir.has_progress()
 

@@ -30,7 +30,8 @@ _AT_LEAST = {
             "evaluation.attempts",
             "evaluation.questions",
         ),
-        *("guard.reward_window", "guard.accuracy_window"),
+        *("guard.reward_window", "guard.accuracy_window", "spikes.window", "spikes.patience"),
+        "ranks.slow_steps",
         *("discovery.questions", "discovery.seeds", "discovery.budget", "discovery.best_of_k_samples"),
     ),
     0: (
@@ -42,7 +43,7 @@ _AT_LEAST = {
 _ABOVE_0 = (
     *("rollout.temperature", "engine.start_timeout_s", "engine.request_timeout_s", "publish.timeout_s", "optim.eps"),
     *("publish.probe_tolerance", "objective.policy_drift_clip", "objective.engine_mismatch_cap"),
-    *("objective.stop_at_saturation", "objective.advantage_clip"),
+    *("objective.stop_at_saturation", "objective.advantage_clip", "ranks.timeout_s", "ranks.slow_share"),
 )
 _FROM_0_TO_1 = (
     "objective.alpha",
@@ -126,6 +127,8 @@ def check(config: Config) -> None:
     _check_objective(config.objective)
     _check_teacher_context(config.teacher_context)
     _check_guard(config)
+    if config.spikes.factor <= 1.0:
+        raise ConfigError(f"spikes.factor is {config.spikes.factor:g}; it multiplies a usual norm, set it above 1")
 
 
 def _check_layout(layout: LayoutConfig) -> None:

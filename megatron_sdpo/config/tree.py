@@ -286,6 +286,34 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SpikeConfig:
+    """What is done about a gradient norm far beyond those before it (spikes.py)."""
+
+    policy: Literal["off", "skip", "stop"] = "off"
+    """skip: the optimizer step is not made, nor does an EMA teacher follow that follows each; stop: the run ends before
+    it, as at numbers that are not finite."""
+    factor: float = 10.0
+    """A spike is above this times the median of the last accepted norms."""
+    window: int = 32
+    """How many accepted norms; nothing is judged before there are as many."""
+    patience: int = 3
+    """skip: after so many skipped steps in a row the next spike ends the run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RanksConfig:
+    """What trainer ranks are held to."""
+
+    timeout_s: float = 1800.0
+    """Longest time in one phase (building, loading, scoring, training, publishing, saving); then the run ends with a
+    message that tells which ranks did not arrive. Waiting for attempts has no bound."""
+    slow_share: float = 0.3
+    """How much more own work than the others a rank may need before it counts as slow: 0.3 is 30 %."""
+    slow_steps: int = 5
+    """After so many slow steps in a row the console says so."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PublishConfig:
     """How trained weights reach the engines."""
 
@@ -394,6 +422,8 @@ class Config:
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     guard: GuardConfig = GuardConfig()
+    spikes: SpikeConfig = SpikeConfig()
+    ranks: RanksConfig = RanksConfig()
     publish: PublishConfig = PublishConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -4,10 +4,11 @@ from megatron_sdpo import config as configuration
 from megatron_sdpo.discovery import discover
 from megatron_sdpo.launch.role import play
 from megatron_sdpo.launch.run_dir import RunDir
-from megatron_sdpo.launch.trainer import COLLECTIVE_TIMEOUT_S, SharedCoordinator, connect, kept, publisher_for
+from megatron_sdpo.launch.trainer import SharedCoordinator, connect, kept, publisher_for, start, watchdog_of
 from megatron_sdpo.mcore import groups as parallel
-from megatron_sdpo.mcore.finite import NonFiniteError
+from megatron_sdpo.mcore.finite import StoppedError
 from megatron_sdpo.mcore.learner import Learner
+from megatron_sdpo.phases import Phases
 from megatron_sdpo.types import Batch
 
 
@@ -30,13 +31,18 @@ class SharedTrials(SharedCoordinator):
 def run(run_dir: RunDir) -> None:
     """Build the parts, go through the trials."""
     config, token = configuration.load(run_dir.config), run_dir.token()
-    groups = parallel.initialize(config.layout, config.seed, COLLECTIVE_TIMEOUT_S)
-    learner = Learner(config, groups)
+    watchdog = watchdog_of(config, run_dir)
+    phases = Phases([watchdog])
+    with phases("start"):
+        groups = start(config)
+    with phases("build"):
+        learner = Learner(config, groups)
+    watchdog.close()  # the ranks wait for attempts in the middle of a trial
     client = connect(run_dir, config, token, groups)
     publisher = publisher_for(learner, run_dir, config, token)
     try:
         discover(SharedTrials(client, groups), learner, publisher)
-    except NonFiniteError as failure:
+    except StoppedError as failure:
         raise kept(failure, run_dir, groups) from failure
     publisher.close()
     parallel.shutdown()

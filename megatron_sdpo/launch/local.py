@@ -48,12 +48,16 @@ class Program:
     coordinator: str
     trainer: str
     speaker: str
+    afterwards: str = "the same command continues from the last checkpoint"
+    """What a user should know when it has failed."""
 
 
 TRAINING = Program("megatron_sdpo.launch.coordinator", "megatron_sdpo.launch.trainer", "trainer")
 DISCOVERY = Program(
     "megatron_sdpo.launch.discovery_coordinator", "megatron_sdpo.launch.discovery_trainer", "coordinator"
 )
+REPLAY = Program("", "megatron_sdpo.launch.replay_trainer", "trainer", "the run itself was only read")
+"""Without a coordinator: ``debug.from_journal`` must be set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,7 @@ def run_locally(config: Config, run_dir: RunDir, program: Program = TRAINING) ->
                 roles.append(_start(name, command, run_dir, config, speaks=name == program.speaker))
             if config.debug.from_journal is None:
                 fleet.start()
-            _watch(roles, fleet, run_dir)
+            _watch(roles, fleet, run_dir, f"all roles were stopped, {program.afterwards}")
         finally:
             _stop(roles)
             fleet.stop()
@@ -129,22 +133,26 @@ def environment(config: Config) -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1"} | dict(os.environ) | own
 
 
-def _watch(roles: Sequence[_Role], fleet: Fleet, run_dir: RunDir) -> None:
-    """Until the trainer has finished; any other end is RoleDied."""
+def _watch(roles: Sequence[_Role], fleet: Fleet, run_dir: RunDir, stopped: str) -> None:
+    """Until the trainer has finished; any other end is RoleDied, with the words of what ``stopped`` means."""
     trainer = next(role for role in roles if role.name == "trainer")
     while trainer.process.poll() != 0:
         for ended in fleet.dead():
-            raise RoleDied(_words(ended.name, ended.exit_code, ended.log_tail))
+            raise RoleDied(_words(ended.name, ended.exit_code, stopped, ended.log_tail))
         for role in roles:
             code = role.process.poll()
             if code is not None:
-                raise RoleDied(_words(role.name, code, run_dir.failure_of(role.name) or log_tail(role.log)))
+                why = run_dir.failure_of(role.name) or log_tail(role.log)
+                raise RoleDied(_words(role.name, code, stopped, why))
+        # A stopped rank does not obey torchrun, which would wait for it: what is to be said has been said.
+        if run_dir.hung.exists() and (why := run_dir.failure_of(trainer.name)):
+            raise RoleDied(f"trainer hung; {stopped}.\n{why}")
         time.sleep(POLL_S)
 
 
-def _words(name: str, code: int, why: str) -> str:
+def _words(name: str, code: int, stopped: str, why: str) -> str:
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return f"{name} {how}; all roles were stopped, the same command continues from the last checkpoint.\n{why}".strip()
+    return f"{name} {how}; {stopped}.\n{why}".strip()
 
 
 def _stop(roles: Sequence[_Role]) -> None:

@@ -8,6 +8,7 @@ from megatron_sdpo import config as configuration
 from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config, ConfigError
 from megatron_sdpo.hf_config import check_model, read_model_config
+from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.rollout.fleet import check_ports
 from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.rollout.prompts import PromptStream, check_lengths
@@ -49,6 +50,19 @@ def check_journal(config: Config, folder: Path) -> None:
         raise ConfigError(
             f"the journal {folder} has {found.get(short[0], 0)} groups of step {short[0]}, not"
             f" rollout.prompts_per_step {wanted}; set steps={short[0]}, or rollout.prompts_per_step to what it holds"
+        )
+
+
+def check_replay(run_dir: RunDir, config: Config, journal: Path, step: int) -> None:
+    """Refuse a step of which neither the journal nor a failure has the batch."""
+    if step < 0 or step >= config.steps:
+        raise ConfigError(f"the run has steps 0 to {config.steps - 1}, not {step}; set --step to one of them")
+    found = Journal(journal).counts(step).get(step, 0) if journal.is_dir() else 0
+    wanted = config.rollout.prompts_per_step
+    if found != wanted and not run_dir.failure(step).exists():
+        raise ConfigError(
+            f"{journal} has {found} of {wanted} groups of step {step}, and {run_dir.failures} nothing of it; set --step"
+            " to one that was sampled"
         )
 
 

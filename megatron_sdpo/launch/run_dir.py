@@ -15,7 +15,8 @@ from megatron_sdpo import config as configuration
 from megatron_sdpo.config import Config, ConfigError
 
 _MAY_CHANGE = (
-    *("steps", "run_dir", "name", "checkpoint.", "evaluation.", "tracking.", "publish.", "engine."),
+    *("steps", "run_dir", "name", "checkpoint.", "evaluation.", "tracking.", "publish.", "engine.", "spikes."),
+    "ranks.",
     *("discovery.methods", "discovery.seeds"),
     *("layout.recompute", "layout.distribute_saved_activations", "teacher.placement"),
     *("debug.timeline", "debug.profile"),
@@ -54,6 +55,13 @@ class RunDir:
         """Batches that training stopped at: ``step-00000012.msgpack``, read by ``types.decode(data, Batch)``."""
         return self.path / "failures"
 
+    def failure(self, step: int) -> Path:
+        return self.failures / f"step-{step:08d}.msgpack"
+
+    def replay(self, step: int) -> "RunDir":
+        """What ``megatron-sdpo replay`` writes when it runs a step of this run again."""
+        return RunDir(self.path / "replay" / f"step-{step:08d}")
+
     @property
     def timeline(self) -> Path:
         """Each process's part of it (``timeline.write_timeline``)."""
@@ -76,6 +84,16 @@ class RunDir:
         return self.path / "addresses"
 
     @property
+    def ranks(self) -> Path:
+        """Where each trainer rank says where it is (launch/watchdog.py)."""
+        return self.path / "ranks"
+
+    @property
+    def hung(self) -> Path:
+        """Exists from when a rank has found that the ranks do not get on."""
+        return self.ranks / "hung"
+
+    @property
     def token_file(self) -> Path:
         return self.path / "token"
 
@@ -94,7 +112,8 @@ class RunDir:
             raise self._not_writable(error) from error
         self.check_resumable(config)
         self._set_logs_aside()
-        for stale in (*self.addresses.iterdir(), *self.logs.glob("*.failure")):
+        self.ranks.mkdir(exist_ok=True)
+        for stale in (*self.addresses.iterdir(), *self.ranks.iterdir(), *self.logs.glob("*.failure")):
             stale.unlink()
         self.token_file.unlink(missing_ok=True)
         descriptor = os.open(self.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -188,7 +207,7 @@ def wait_for(find: Callable[[], T | None], what: str, timeout_s: float) -> T:
 
 
 def _check_same_run(old: Config, new: Config, path: Path) -> None:
-    before, after = _leaves(dataclasses.asdict(old)), _leaves(dataclasses.asdict(new))
+    before, after = leaves(dataclasses.asdict(old)), leaves(dataclasses.asdict(new))
     changed = [key for key in after if before.get(key) != after[key] and not key.startswith(_MAY_CHANGE)]
     if changed:
         key = changed[0]
@@ -199,11 +218,12 @@ def _check_same_run(old: Config, new: Config, path: Path) -> None:
         )
 
 
-def _leaves(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
-    leaves: dict[str, object] = {}
+def leaves(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+    """``dataclasses.asdict`` of a configuration by dotted key; a task's options are one value."""
+    found: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and key != "options":
-            leaves |= _leaves(value, f"{prefix}{key}.")
+            found |= leaves(value, f"{prefix}{key}.")
         else:
-            leaves[prefix + key] = value
-    return leaves
+            found[prefix + key] = value
+    return found

@@ -1,6 +1,7 @@
 """A trainer rank's process: ``torchrun ... -m megatron_sdpo.launch.trainer RUN_DIR``."""
 
 import gc
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,16 @@ import torch.distributed as dist
 from megatron_sdpo import config as configuration
 from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config
+from megatron_sdpo.launch.agreement import check_agreement
 from megatron_sdpo.launch.observation import TrainerObservation
 from megatron_sdpo.launch.role import play
 from megatron_sdpo.launch.run_dir import RunDir, wait_for
+from megatron_sdpo.launch.stragglers import OwnWork, StragglerLog
+from megatron_sdpo.launch.watchdog import Watchdog
 from megatron_sdpo.loop import as_batch, train
 from megatron_sdpo.mcore import checkpoint
 from megatron_sdpo.mcore import groups as parallel
-from megatron_sdpo.mcore.finite import NonFiniteError
+from megatron_sdpo.mcore.finite import StoppedError
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import canonical_parameters, save_hf
 from megatron_sdpo.mcore.learner import Learner
@@ -34,7 +38,7 @@ from megatron_sdpo.tracking import Tracker
 from megatron_sdpo.types import Batch, BatchSource, EngineAddress, Evaluation, WeightsPublisher, encode
 
 COLLECTIVE_TIMEOUT_S = 7200.0
-"""Ranks wait in a collective while rank 0 waits for generation, which may take long."""
+"""Ranks wait in a collective while rank 0 waits for generation, which may take long; the watchdog bounds the rest."""
 
 
 class SharedCoordinator:
@@ -121,29 +125,57 @@ def run(run_dir: RunDir) -> None:
     random.seed(config.seed)  # nobody is known to draw from these two, but a checkpoint keeps them
     np.random.seed(config.seed)
     torch.use_deterministic_algorithms(config.deterministic)
-    groups = parallel.initialize(config.layout, config.seed, COLLECTIVE_TIMEOUT_S)
-    observation = TrainerObservation(config, run_dir, groups.rank)
-    learner = Learner(config, groups)
-    observation.watch(learner)
-    resumed = checkpoint.load_latest(learner, run_dir.checkpoints)
+    watchdog = watchdog_of(config, run_dir)
+    own_work, observation = OwnWork(), TrainerObservation(config, run_dir, own_rank())
+    phases = Phases([watchdog, own_work, *observation.followers])
+    with phases("start"):
+        groups = start(config)
+    with phases("build"):
+        learner = Learner(config, groups)
+        observation.watch(learner)
+    with phases("resume"):
+        resumed = checkpoint.load_latest(learner, run_dir.checkpoints)
     tracker = Tracker(config, run_dir.path, is_writer=groups.rank == 0)
     tracker.truncate_after(learner.step if resumed else -1)
-    source, publisher = _around(learner, run_dir, config, token, observation)
+    with phases("wait"):
+        source, publisher = _around(learner, run_dir, config, token, observation)
+    phases.taken()  # no step took these times
     if resumed and groups.rank == 0:
         print("\n".join(resumed_words(resumed, Journal(run_dir.attempts))), flush=True)
     checkpoints = DueCheckpoints(config, learner, run_dir)
+    rows = StragglerLog(config.ranks, groups, own_work, tracker)
     gc.collect()
     gc.freeze()  # a full collection looks through all modules, a quarter of a second, on one rank while the others wait
     try:
-        train(config, source, learner, publisher, checkpoints, tracker, Phases(observation.followers))
-    except NonFiniteError as failure:  # on all ranks
-        checkpoints.finish()
-        raise kept(failure, run_dir, groups) from failure
-    save_hf(learner.model, run_dir.exported, groups, config.layout, config.model.path)
+        train(config, source, learner, publisher, checkpoints, rows, phases)
+    except StoppedError as failure:  # on all ranks
+        with phases("stop"):
+            checkpoints.finish()
+            raise kept(failure, run_dir, groups) from failure
+    with phases("export"):
+        save_hf(learner.model, run_dir.exported, groups, config.layout, config.model.path)
     publisher.close()
     tracker.close()
     observation.close()
+    watchdog.close()
     parallel.shutdown()
+
+
+def watchdog_of(config: Config, run_dir: RunDir) -> Watchdog:
+    """Of this process, which torchrun has told its rank, or which is alone."""
+    return Watchdog(config, run_dir, own_rank(), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def own_rank() -> int:
+    """As torchrun says, before the ranks have met."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def start(config: Config) -> ParallelGroups:
+    """The ranks meet, find that they are of one mind, and take their places."""
+    parallel.start_world(COLLECTIVE_TIMEOUT_S)
+    check_agreement(config)
+    return parallel.initialize(config.layout, config.seed, COLLECTIVE_TIMEOUT_S)
 
 
 def _around(
@@ -200,14 +232,14 @@ def publisher_for(
     )
 
 
-def kept(failure: NonFiniteError, run_dir: RunDir, groups: ParallelGroups) -> NonFiniteError:
+def kept(failure: StoppedError, run_dir: RunDir, groups: ParallelGroups) -> StoppedError:
     """The failure with its batch on disk, and a message that says where; all ranks call this."""
-    path = run_dir.failures / f"step-{failure.batch.step:08d}.msgpack"
+    path = run_dir.failure(failure.batch.step)
     if groups.rank == 0:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(encode(failure.batch))
     dist.barrier(group=groups.world)  # the first rank to end takes the others with it
-    return NonFiniteError(f"{failure}; the batch is in {path}", failure.batch)
+    return type(failure)(f"{failure}; the batch is in {path}", failure.batch)
 
 
 if __name__ == "__main__":  # checkpoint writers start a process which imports this module again

@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor
 
 import megatron_sdpo
+from megatron_sdpo import spikes
 from megatron_sdpo.config import CheckpointConfig, ConfigError
 from megatron_sdpo.guard import History
 from megatron_sdpo.mcore import generators, manifest, platform
@@ -96,6 +97,7 @@ class Saver:
         state = _tensors(learner)
         state["progress"] = {"step": learner.step, "cursor": cursor, "journal": journal}
         state["history"] = asdict(learner.history)
+        state["norms"] = asdict(learner.norms)
         state["adam"] = {"steps": optim.steps(learner.optimizer), "rate": optim.rate(learner.optimizer)}
         state["world_size"] = learner.groups.world_size
         state["has_manifest"] = True
@@ -141,14 +143,17 @@ def save(learner: Learner, folder: Path, cursor: int, keep: int) -> Path:
     return folder / f"step-{learner.step:08d}"
 
 
-def load_latest(learner: Learner, folder: Path) -> Resumed | None:
+def load_latest(learner: Learner, folder: Path, at_most: int | None = None) -> Resumed | None:
     """Load the newest intact checkpoint into model, optimizer, teacher, guard and generators; None without any.
 
     The layout may have changed since. Generator states belong to ranks: in a world of another size they stay as the
     seed set them. A checkpoint that is not as it was written is set aside, as ``step-N.damaged``, and the one before
     is taken; CheckpointError, with nothing touched, when none is left.
+
+    Under ``at_most`` a run is only looked at: later steps do not count, no file is touched, and None means to begin
+    with the model's directory.
     """
-    path, refused = _newest_intact(learner.groups, folder)
+    path, refused = _newest_intact(learner.groups, folder, at_most)
     if path is None:
         return None
     template = _tensors(learner)
@@ -170,6 +175,7 @@ def load_latest(learner: Learner, folder: Path) -> Resumed | None:
     progress = Resumed(**state["progress"], refused=tuple(refused))
     learner.step = progress.step
     learner.history = History(**state["history"])
+    learner.norms = spikes.History(**state.get("norms", {}))  # of an earlier version's checkpoint nothing is known
     return progress
 
 
@@ -205,7 +211,7 @@ def save_model(model: Model, path: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed writer
     temporary.mkdir(parents=True)
     save = Save({"model": model.sharded_state_dict(prefix="", metadata=_metadata())}, temporary, asynchronous=False)
-    _write_manifest(temporary, {"versions": _versions()}, save.finish().digests)
+    _write_manifest(temporary, {"versions": versions()}, save.finish().digests)
     temporary.rename(path)
 
 
@@ -261,11 +267,12 @@ def _facts(learner: Learner) -> dict[str, Any]:
         "world_size": learner.groups.world_size,
         "layout": config["layout"],
         "config": manifest.digest_of_json(config),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what a run's numbers may depend on."""
     return {
         "megatron_sdpo": megatron_sdpo.__version__,
         "python": python_platform.python_version(),
@@ -303,27 +310,30 @@ def _all_written(save: Save, groups: ParallelGroups, wait: bool) -> bool:
     return not seen[0]
 
 
-def _newest_intact(groups: ParallelGroups, folder: Path) -> tuple[Path | None, list[str]]:
+def _newest_intact(groups: ParallelGroups, folder: Path, at_most: int | None) -> tuple[Path | None, list[str]]:
     """The same on all ranks: the checkpoint to load, if there is one, and what is wrong with those that are newer."""
+    looks = at_most is not None
     box: list[Any] = [(steps(folder), sorted(path.name for path in folder.glob(f"*{_DAMAGED}*")))]
     dist.broadcast_object_list(box, src=0, group=groups.world)
     found, set_aside = box[0]
+    found = [step for step in found if at_most is None or step <= at_most]
     refused: dict[Path, list[str]] = {}
     for step in reversed(found):
         path = folder / f"step-{step:08d}"
         damage = _damage(path, groups)
         if not damage:
-            _on_first_rank(groups, lambda: [_set_aside(damaged) for damaged in refused])
+            if not looks:
+                _on_first_rank(groups, lambda: [_set_aside(damaged) for damaged in refused])
             return path, [sentence for sentences in refused.values() for sentence in sentences]
         refused[path] = damage
-    if refused or set_aside:
+    if (refused or set_aside) and not looks:
         words = "; ".join(sentence for sentences in refused.values() for sentence in sentences[:1])
         words = words or f"only {', '.join(set_aside)} are left"
         raise CheckpointError(
             f"no checkpoint in {folder} is intact ({words}); nothing was changed: put an intact copy back, or move"
             f" {folder} away to train again from step 0 on the attempts that are journalled"
         )
-    return None, []
+    return None, [sentence for sentences in refused.values() for sentence in sentences]
 
 
 def _damage(path: Path, groups: ParallelGroups | None = None) -> list[str]:

@@ -1,5 +1,7 @@
 """NaN and infinity stop a run before they reach the weights: on every rank, with one sentence that names the sample.
 
+So does a spike of the gradient norm, where the configuration says so (``judge_norm``).
+
 What is looked at: the log-probs that a batch came with (the engine's), those that the scoring passes found
 (old, reference, teacher), the loss of each micro-batch and the norm of the gradient. The first that is not
 finite, in this order, is the one to name; the others follow from it.
@@ -21,7 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sdpo import spikes
 from megatron_sdpo.batching import MicroBatch
+from megatron_sdpo.config import SpikeConfig
 from megatron_sdpo.mcore import platform
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.scores import StudentScores, TeacherScores
@@ -31,8 +35,8 @@ NAMED = 8
 """At most so many samples are named one by one."""
 
 
-class NonFiniteError(RuntimeError):
-    """A number that training would have used is NaN or infinite; nothing has been updated with it.
+class StoppedError(RuntimeError):
+    """Training ended before an optimizer step, on all ranks; nothing has been updated with what was found.
 
     ``batch`` is the one that was being trained on, for replay.
     """
@@ -40,6 +44,14 @@ class NonFiniteError(RuntimeError):
     def __init__(self, message: str, batch: Batch) -> None:
         super().__init__(message)
         self.batch = batch
+
+
+class NonFiniteError(StoppedError):
+    """A number that training would have used is NaN or infinite."""
+
+
+class SpikeError(StoppedError):
+    """The norm of the gradient is far beyond those before it."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -72,11 +84,12 @@ def check_step(
     losses: Sequence[Tensor],
     grad_norm: float,
     groups: ParallelGroups,
-) -> None:
-    """Raise NonFiniteError when a micro-batch's loss or the norm of the gradient is not finite.
+) -> float:
+    """Raise NonFiniteError when a micro-batch's loss or the norm of the gradient is not finite; else give the norm.
 
     ``chosen`` are the positions of the mini-batch; ``losses`` belong to ``micro_batches`` on the last stage and
-    are absent before it; ``grad_norm`` is the norm over all shards and ranks.
+    are absent before it; ``grad_norm`` is the norm over all shards and ranks. What comes back is the largest that a
+    rank has found, should rounding tell them apart: on every rank the same, so that all judge it alike.
     """
     found = [
         _Finding(
@@ -90,7 +103,18 @@ def check_step(
     if not math.isfinite(grad_norm):
         words = f"the gradient norm of the mini-batch of {_names(batch, chosen)} is {grad_norm}, with finite losses"
         found.append(_Finding(1, 0, words))
-    _stop_together(found, batch, groups)
+    return _stop_together(found, batch, groups, grad_norm)
+
+
+def judge_norm(
+    history: spikes.History, norm: float, config: SpikeConfig, batch: Batch, chosen: Sequence[int]
+) -> spikes.Judged:
+    """Whether the step along a gradient of this norm, the same on every rank, is made; SpikeError stops all."""
+    judged = spikes.judge(history, norm, config)
+    if judged.action == "stop":
+        words = f"the gradient norm of the mini-batch of {_names(batch, chosen)} is {judged.words}"
+        raise SpikeError(_sentence(batch, words), batch)
+    return judged
 
 
 def _engine(samples: Sequence[Sample]) -> Iterator[_Finding]:
@@ -123,21 +147,25 @@ def _names(batch: Batch, positions: Sequence[int]) -> str:
     return f"sample{'s' * (len(positions) > 1)} {', '.join(ids)}" + (f" and {more} more" if more else "")
 
 
-def _stop_together(found: Sequence[_Finding], batch: Batch, groups: ParallelGroups) -> None:
-    """When any rank has found something, every rank raises the same sentence."""
-    stop = torch.tensor(float(bool(found)), device=platform.device())
+def _stop_together(found: Sequence[_Finding], batch: Batch, groups: ParallelGroups, number: float = 0.0) -> float:
+    """When any rank has found something, every rank raises the same sentence; else the largest ``number`` of all."""
+    seen = torch.tensor([float(bool(found)), number], dtype=torch.float64, device=platform.device())
     if groups.world_size > 1:
-        dist.all_reduce(stop, op=dist.ReduceOp.MAX, group=groups.world)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=groups.world)
+    stop, largest = seen.tolist()
     if not stop:
-        return
+        return largest
     everywhere: list[Any] = [None] * groups.world_size
     dist.all_gather_object(everywhere, list(found), group=groups.world)
     findings: list[_Finding] = sorted({finding for rank in everywhere for finding in rank})
     first = findings[0]
     others = sum(finding.cause == first.cause for finding in findings) - 1
     more = f" (and {others} more like it)" if others else ""
-    raise NonFiniteError(
-        f"training stopped at step {batch.step}, before an optimizer step: {first.words}{more}; weights, optimizer and"
-        " teacher are as before that step",
-        batch,
+    raise NonFiniteError(_sentence(batch, f"{first.words}{more}"), batch)
+
+
+def _sentence(batch: Batch, why: str) -> str:
+    return (
+        f"training stopped at step {batch.step}, before an optimizer step: {why}; weights, optimizer and teacher are as"
+        " before that step"
     )

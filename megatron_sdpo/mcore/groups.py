@@ -115,7 +115,8 @@ def initialize(layout: LayoutConfig, seed: int, timeout_s: float) -> ParallelGro
     """
     platform.redirect_megatron()
     _check_backend(layout)
-    _start_world(layout, timeout_s)
+    start_world(timeout_s)
+    _check_size(layout)
     parallel_state.initialize_model_parallel(
         layout.tensor_parallel,
         layout.pipeline_parallel,
@@ -158,7 +159,8 @@ def _check_backend(layout: LayoutConfig) -> None:
         )
 
 
-def _start_world(layout: LayoutConfig, timeout_s: float) -> None:
+def start_world(timeout_s: float) -> None:
+    """Start torch.distributed, from torchrun's environment or alone, unless it runs; ranks can talk then."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
@@ -168,6 +170,9 @@ def _start_world(layout: LayoutConfig, timeout_s: float) -> None:
         else:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(platform.backend(), store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def _check_size(layout: LayoutConfig) -> None:
     size = dist.get_world_size()
     if size != layout.world_size:
         dist.destroy_process_group()

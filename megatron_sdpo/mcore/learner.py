@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sdpo import batching, guard, objective
+from megatron_sdpo import batching, guard, objective, spikes
 from megatron_sdpo.batching import MicroBatch, RowCut, View
 from megatron_sdpo.config import Config
 from megatron_sdpo.divergence import entropy, sampled_log_probs, student_support, support_log_probs
@@ -30,10 +30,13 @@ from megatron_sdpo.mcore.targets import Targets
 from megatron_sdpo.teacher import TeacherWeights, mixed_logits
 from megatron_sdpo.types import Batch, Sample
 
-_TOTAL = "loss/total"
+OnHidden = Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
+TOTAL = "loss/total"
 """The weighted sum that is minimised: already whole, not to be divided by tokens."""
 _ROW_TOKENS, _PADDING = "row_tokens", "padding_tokens"
 """Tokens of the training passes, and those of them that belong to no sample: they fill rows and micro-batches."""
+_SKIPPED = "optim/skipped_steps"
+"""Of the optimizer steps of a batch, those that were not made: a count, not a mean."""
 
 
 class Learner:
@@ -58,6 +61,8 @@ class Learner:
         self.step = 0
         self.history = guard.History()
         """What the collapse guard has seen; the same on every rank, as batches and evaluations are."""
+        self.norms = spikes.History()
+        """What is known of gradient norms; the same on every rank."""
         self._damping = 1.0
 
     def reset(self) -> None:
@@ -65,7 +70,7 @@ class Learner:
         load_hf(self.model, self.config.model.path, self.groups, self.config.layout)
         optim.reset(self.optimizer, self.config.optim)
         self.teacher.reset(self.weights.masters())
-        self.step, self.history, self._damping = 0, guard.History(), 1.0
+        self.step, self.history, self.norms, self._damping = 0, guard.History(), spikes.History(), 1.0
 
     def score_student(self, batch: Batch) -> StudentScores:
         """Forward only: log-probs of the sampled tokens before this batch's first step, and the top-K support.
@@ -153,7 +158,8 @@ class Learner:
     def train(self, batch: Batch, student: StudentScores, teacher: TeacherScores) -> dict[str, float]:
         """One optimizer step per mini-batch; metrics are means over them, ``/max`` the largest. Advances ``step``.
 
-        A number that is not finite raises NonFiniteError on all ranks, before the optimizer step that it would enter.
+        A number that is not finite raises NonFiniteError on all ranks, before the optimizer step that it would enter;
+        a spike of the gradient norm raises SpikeError there, or has the step skipped (``spikes.policy``).
         """
         finite.check_scores(batch, student, teacher, self.groups)
         self.history = self.history.with_reward(sum(s.reward for s in batch.samples) / len(batch.samples))
@@ -165,6 +171,8 @@ class Learner:
         self.step += 1
         columns = {key: [metrics[key] for metrics in found] for key in found[0]}
         totals = {key: max(c) if key.endswith("/max") else sum(c) / len(c) for key, c in columns.items()}
+        if _SKIPPED in totals:
+            totals[_SKIPPED] = sum(columns[_SKIPPED])
         return {**totals, "optim/lr": rate, "optim/guard": self._damping}
 
     def update_teacher(self) -> None:
@@ -210,9 +218,10 @@ class Learner:
         """Log-probs of the response tokens."""
         return (sampled_log_probs(logits_CV, micro_batch.response_ids_N[rows], self.groups.vocabulary),)
 
-    def _optimizer_step(
+    def _passes(
         self, batch: Batch, chosen: Sequence[int], student: StudentScores, teacher: TeacherScores
-    ) -> dict[str, float]:
+    ) -> tuple[list[MicroBatch], OnHidden]:
+        """This rank's micro-batches of a mini-batch, and what makes losses of their hidden states."""
         samples, objective_config = batch.samples, self.config.objective
         numbers = self.targets.numbers(samples, chosen)
 
@@ -221,20 +230,33 @@ class Learner:
             teacher_head = self._head(teacher.states.head_VH if teacher.states else None)
             loss, metrics = objective.loss_of_hidden(hidden_NH, self._head(), targets, objective_config, teacher_head)
             tokens, padding = (loss.new_tensor(float(n)) for n in (len(micro_batch.ids_T), micro_batch.my_padding))
-            return loss, {**metrics, _TOTAL: loss.detach(), _ROW_TOKENS: tokens, _PADDING: padding}
+            return loss, {**metrics, TOTAL: loss.detach(), _ROW_TOKENS: tokens, _PADDING: padding}
 
+        shares = batching.assign(_costs(samples), chosen, self.groups.data_size)
+        return self._cut(samples, shares, "student"), on_hidden
+
+    def _accumulate(self, micro_batches: Sequence[MicroBatch], on_hidden: OnHidden) -> list[dict[str, Tensor]]:
+        """The gradient of these micro-batches and no others, summed over all ranks; their reports on the last stage."""
         for ddp in self.wrapped:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        shares = batching.assign(_costs(samples), chosen, self.groups.data_size)
-        micro_batches = self._cut(samples, shares, "student")
-        reports = forward_backward(self.wrapped, micro_batches, on_hidden)
-        losses, grad_norm = [report[_TOTAL] for report in reports], optim.gradient_norm(self.optimizer)
-        finite.check_step(batch, chosen, micro_batches, losses, grad_norm, self.groups)
-        self.optimizer.step()
-        if self.config.teacher.update_every == "optimizer_step":
-            self.teacher.update(self.weights.masters(), self._damping)
-        return {**self._reduce(reports), "optim/grad_norm": grad_norm}
+        return forward_backward(self.wrapped, micro_batches, on_hidden)
+
+    def _optimizer_step(
+        self, batch: Batch, chosen: Sequence[int], student: StudentScores, teacher: TeacherScores
+    ) -> dict[str, float]:
+        micro_batches, on_hidden = self._passes(batch, chosen, student, teacher)
+        reports = self._accumulate(micro_batches, on_hidden)
+        losses, grad_norm = [report[TOTAL] for report in reports], optim.gradient_norm(self.optimizer)
+        largest = finite.check_step(batch, chosen, micro_batches, losses, grad_norm, self.groups)
+        judged = finite.judge_norm(self.norms, largest, self.config.spikes, batch, chosen)
+        self.norms = judged.history
+        if judged.action == "accept":
+            optim.step(self.optimizer, grad_norm)
+            if self.config.teacher.update_every == "optimizer_step":
+                self.teacher.update(self.weights.masters(), self._damping)
+        skipped = {_SKIPPED: float(judged.action == "skip")} if self.config.spikes.policy == "skip" else {}
+        return {**self._reduce(reports), "optim/grad_norm": grad_norm, **skipped}
 
     def _head(self, weight_VH: Tensor | None = None) -> Head:
         """The model's own head, or another in its place: states of other weights need the head of these.
@@ -276,7 +298,7 @@ class Learner:
             by_key = dict(zip(sums, total.tolist(), strict=True))
             padding = by_key.pop(_PADDING) / by_key.pop(_ROW_TOKENS)
             tokens = max(by_key.get("loss/tokens", 0.0), 1.0)
-            reduced = {k: v if k in (_TOTAL, "loss/tokens") else v / tokens for k, v in by_key.items()}
+            reduced = {k: v if k in (TOTAL, "loss/tokens") else v / tokens for k, v in by_key.items()}
             reduced["optim/padding_share"] = padding
             maxima = sorted(report.keys() - set(sums))
             if maxima:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from megatron_sdpo.config import LayoutConfig, OptimConfig
@@ -134,12 +135,22 @@ def reset(optimizer: Any, config: OptimConfig) -> None:
 
 
 def gradient_norm(optimizer: Any) -> float:
-    """Norm of the whole gradient before clipping, on every rank, without a step.
+    """Norm of the whole gradient before clipping, on every rank: the first half of Megatron's ``optimizer.step()``.
 
-    The step itself computes it again: Megatron has no place to look between the norm and the new weights.
+    Whoever looks between the two halves can still leave the weights as they are: ``step`` is the other.
     """
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
+
+
+def step(optimizer: Any, norm: float) -> None:
+    """The weights after a step along the gradient, clipped by its ``norm``, which ``gradient_norm`` has just found."""
+    for part in parts(optimizer):
+        weights, config = part.get_parameters(), part.config
+        if weights and config.clip_grad > 0.0:
+            decoupled = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(weights, config.clip_grad, norm, decoupled)
+    optimizer.step_with_ready_grads()
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
