@@ -1,4 +1,4 @@
-"""The command line: ``megatron-sdpo train | discover | evaluate | serve | convert | replay | report``.
+"""The command line: ``megatron-sdpo train | discover | evaluate | serve | convert | plan | replay | report``.
 
 Exit codes: 0 done, 1 a running role failed, 2 the request cannot work (one sentence on standard error),
 128 + n stopped by signal n.
@@ -175,6 +175,15 @@ def replay(arguments: argparse.Namespace) -> None:
     run_locally(dataclasses.replace(config, run_dir=str(own.path), debug=debug), own, REPLAY)
 
 
+def plan(arguments: argparse.Namespace) -> None:
+    """Memory, time and a verdict, from the configuration alone."""
+    from megatron_sdpo.launch.planning import plan_words  # loads torch
+
+    lengths = (arguments.prompt_tokens, arguments.response_tokens, arguments.teacher_prompt_tokens)
+    config = _config(arguments)
+    print(plan_words(config, arguments.nodes, arguments.gpu, arguments.architecture, lengths, arguments.suggest))
+
+
 def _config(arguments: argparse.Namespace) -> Config:
     overrides = list(arguments.overrides)
     if arguments.layout is not None:
@@ -325,6 +334,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("target", type=Path, help="directory to write; must not exist")
     command.add_argument("--step", type=int, help="which checkpoint of the run; default: the newest")
     command.set_defaults(run=convert)
+
+    command = commands.add_parser(
+        "plan",
+        help="what a recipe needs: memory by item, seconds by phase, whether it fits",
+        description="Predict memory and time from the configuration and the model's config.json; nothing is started.",
+    )
+    _recipe_arguments(command)
+    command.add_argument("--nodes", type=int, default=1, help="of eight GPUs each")
+    command.add_argument("--gpu", default="h100-80gb", help="a100-80gb, h100-80gb, h200-141gb, b200-180gb")
+    command.add_argument("--architecture", help="a published model by name, or a directory with a config.json")
+    command.add_argument("--suggest", action="store_true", help="rank the layouts of as many trainer ranks")
+    for name in ("prompt", "response", "teacher-prompt"):
+        command.add_argument(f"--{name}-tokens", type=int, metavar="N", help="of an average sample")
+    command.set_defaults(run=plan)
 
     command = commands.add_parser(
         "replay",

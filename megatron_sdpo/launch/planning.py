@@ -1,0 +1,44 @@
+"""``megatron-sdpo plan``: what a recipe needs on given nodes, predicted from its configuration alone."""
+
+from pathlib import Path
+
+import megatron_sdpo
+from megatron_sdpo.config import Config, ConfigError
+from megatron_sdpo.hf_config import read_hf_config
+from megatron_sdpo.scaling import planner
+from megatron_sdpo.scaling.hardware import gpu_of
+from megatron_sdpo.scaling.page import page, ranking
+from megatron_sdpo.scaling.timing import Lengths, Reach, usual_lengths
+
+PUBLISHED = Path(megatron_sdpo.__file__ or "").parent / "data" / "architectures"
+"""config.json of published models, by name."""
+MOST = 15
+"""Layouts that --suggest shows."""
+
+
+def architecture(name: str | None, config: Config) -> Path:
+    """A directory with a config.json: the recipe's model, another directory, or a published model by name."""
+    if name is None:
+        return Path(config.model.path)
+    if (PUBLISHED / name).is_dir():
+        return PUBLISHED / name
+    if Path(name).is_dir():
+        return Path(name)
+    known = ", ".join(sorted(path.name for path in PUBLISHED.iterdir()))
+    raise ConfigError(f"--architecture {name} is neither a directory nor one of {known}")
+
+
+def plan_words(
+    config: Config, nodes: int, gpu: str, model: str | None, lengths: tuple[int | None, ...], suggest: bool
+) -> str:
+    """What to print. ``lengths``: of prompt, response, teacher prompt; None takes the usual."""
+    hf_config = read_hf_config(architecture(model, config))
+    usual = usual_lengths(config)
+    defaults = (usual.prompt, usual.response, usual.teacher_prompt)
+    mean = Lengths(*(default if n is None else n for n, default in zip(lengths, defaults, strict=True)))
+    device, reach = gpu_of(gpu), Reach()
+    if suggest:
+        return ranking(planner.suggest(config, hf_config, nodes, device, mean, reach), MOST)
+    found = planner.plan(config, hf_config, nodes, device, mean, reach)
+    changes = [] if found.fits else planner.changes(found, hf_config, nodes, reach)
+    return page(found, nodes, reach, changes)

@@ -1,0 +1,202 @@
+"""Bytes of a trainer rank, by what holds them, from the configuration and the model's config.json.
+
+Weights are counted exactly, tensor by tensor (mcore/names.py). Activations are the tensors that a layer keeps for its
+backward pass: a token of one layer keeps, in numbers,
+
+* ``4 H`` of the residual stream: what enters each norm and what leaves it,
+* ``3 (heads + groups) D`` of attention: queries, keys and values as the product gave them, queries and keys rotated,
+  the output (without flash attention there would be more),
+* ``3 F`` of the MLP: gate and up, and their product; of a mixture of experts that of the chosen ones, and ``2 H`` for
+  each, sent and returned.
+
+Tensor ranks divide the last two, and with sequence parallelism the first. A pipeline's first rank keeps as many
+micro-batches as there are stages. ``tests/test_scaling.py`` compares this with what small models hold on a CPU. On a
+GPU it has not yet been compared.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import prod
+from typing import Any
+
+from megatron_sdpo.config import Config, LayoutConfig
+from megatron_sdpo.mcore import names
+from megatron_sdpo.vocabulary import BLOCK
+
+BYTES = {"float32": 4, "bfloat16": 2}
+MASTER, MOMENTS = 4, 8
+"""Bytes a weight: an fp32 master weight where the model is bf16, and AdamW's two fp32 moments."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Bytes of one rank while it trains, at the peak."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    teacher: int
+    """Of the teacher, and of the model that objective.kl_coefficient compares with."""
+    scores: int
+    """What the scoring passes found, kept until training."""
+    activations: int
+    head: int
+    """Logits of a chunk and the gradients of the head and of the states before it; or, where it is more, what the
+    backward pass of one layer holds for the moment, with what it computes again."""
+    swap: int
+    """A cast copy of the teacher while it scores; no activations are kept then."""
+
+    @property
+    def total(self) -> int:
+        standing = sum(getattr(self, f.name) for f in fields(self)) - self.activations - self.swap
+        return standing + max(self.activations, self.swap)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Weights of a rank. Experts are shared by other ranks than the rest."""
+
+    dense: int
+    experts: int
+
+    def divided(self, layout: LayoutConfig) -> float:
+        """Of the optimizer's part of them, where ranks with the same weights divide it."""
+        if not layout.distributed_optimizer:
+            return float(self.dense + self.experts)
+        stage = layout.world_size // layout.pipeline_parallel
+        return self.dense / (stage // layout.tensor_parallel) + self.experts / (
+            stage // (layout.expert_parallel * layout.expert_tensor)
+        )
+
+
+def own_stages(layout: LayoutConfig, pipeline_rank: int) -> range:
+    """Of an interleaved pipeline several."""
+    stages = layout.pipeline_parallel * layout.virtual_pipeline
+    return range(pipeline_rank, stages, layout.pipeline_parallel)
+
+
+def held(hf_config: Mapping[str, Any], layout: LayoutConfig, pipeline_rank: int) -> Held:
+    """Numbers in the parameters of a rank, padding of the vocabulary included."""
+    stages = layout.pipeline_parallel * layout.virtual_pipeline
+    per_stage = hf_config["num_hidden_layers"] // stages
+    counts = {False: 0, True: 0}
+    for stage in own_stages(layout, pipeline_rank):
+        layers = range(stage * per_stage, (stage + 1) * per_stage)
+        for made_of in names.stage_parameters(hf_config, layers, stage == 0, stage == stages - 1).values():
+            of_expert = made_of[0].expert is not None
+            ranks = layout.expert_tensor if of_expert else layout.tensor_parallel
+            counts[of_expert] += prod(names.local_shape(made_of, ranks))
+    return Held(counts[False], counts[True] // layout.expert_parallel)
+
+
+def rank_memory(config: Config, hf_config: Mapping[str, Any], pipeline_rank: int, on_cpu: bool = False) -> RankMemory:
+    """Of a rank of this stage. ``on_cpu``: as the CPU's attention and log-probs do it, for the comparison."""
+    layout, width = config.layout, BYTES[config.model.dtype]
+    mine = held(hf_config, layout, pipeline_rank)
+    weights = mine.dense + mine.experts
+    divided = mine.divided(layout)
+    copies = (config.objective.has_teacher and config.teacher.kind != "live") + bool(config.objective.kl_coefficient)
+    resident = width * weights if config.teacher.placement == "resident" and width < 4 else 0
+    placement = config.teacher.placement
+    on_device = placement != "offloaded"
+    last = pipeline_rank == layout.pipeline_parallel - 1
+    tokens = row_tokens(config)
+    return RankMemory(
+        weights=width * weights,
+        gradients=4 * weights,
+        optimizer=round(divided * (MOMENTS + (MASTER if width < 4 else 0))),
+        teacher=round(copies * (4 * divided + resident)) if on_device else 0,
+        scores=_scores(config) if last else 0,
+        activations=activations(config, hf_config, pipeline_rank, tokens, on_cpu),
+        head=max(_head(config, hf_config, tokens, on_cpu) if last else 0, _backward(config, hf_config, tokens, on_cpu)),
+        swap=width * weights if copies and placement == "swapped" and width < 4 else 0,
+    )
+
+
+def row_tokens(config: Config) -> int:
+    """Of the longest row of a training pass that one rank holds; a sequence beyond the budget has a row of its own."""
+    return -(-max(config.layout.tokens_per_micro_batch, config.model.max_length) // config.layout.context_parallel)
+
+
+def _token_numbers(config: Config, hf_config: Mapping[str, Any], on_cpu: bool) -> tuple[float, float]:
+    """What one layer keeps of a token for its backward pass: (all of it, what enters the layer); numbers."""
+    layout, hidden = config.layout, hf_config["hidden_size"]
+    heads, groups, d = hf_config["num_attention_heads"], names.key_value_heads(hf_config), names.head_dim(hf_config)
+    attention = 3 * (heads + groups) * d
+    if on_cpu and groups < heads:  # torch repeats keys and values for every head there
+        attention += 2 * (heads - groups) * d
+    if "num_experts" in hf_config:
+        chosen = hf_config["num_experts_per_tok"]
+        mlp = chosen * (3 * hf_config["moe_intermediate_size"] + 2 * hidden * layout.tensor_parallel)
+    else:
+        mlp = 3 * hf_config["intermediate_size"]
+    stream, norms = 2 * hidden, 2 * hidden
+    if layout.recompute == "selective":
+        norms *= "layernorm" not in layout.recompute_modules
+        mlp *= not {"mlp", "moe"} & set(layout.recompute_modules)
+        if "moe_act" in layout.recompute_modules:
+            mlp -= hf_config["num_experts_per_tok"] * hf_config["moe_intermediate_size"]
+    share = layout.tensor_parallel if layout.sequence_parallel else 1
+    return (stream + norms) / share + (attention + mlp) / layout.tensor_parallel, hidden / share
+
+
+def layers_alive(config: Config, hf_config: Mapping[str, Any], pipeline_rank: int) -> int:
+    """Layers times micro-batches whose activations a pipeline rank keeps at the peak, with micro-batches to fill it."""
+    layout = config.layout
+    per_stage = hf_config["num_hidden_layers"] // (layout.pipeline_parallel * layout.virtual_pipeline)
+    behind = layout.pipeline_parallel - pipeline_rank
+    if layout.virtual_pipeline == 1:
+        return behind * per_stage
+    # Megatron's interleaved schedule: warm-up passes of the first rank, and the one under way.
+    return ((layout.virtual_pipeline - 1) * layout.pipeline_parallel + 2 * (behind - 1) + 1) * per_stage
+
+
+def activations(
+    config: Config, hf_config: Mapping[str, Any], pipeline_rank: int, tokens: int, on_cpu: bool = False
+) -> int:
+    """Bytes kept for the backward passes of the micro-batches in flight, ``tokens`` in each."""
+    layout = config.layout
+    whole, entering = _token_numbers(config, hf_config, on_cpu)
+    alive = layers_alive(config, hf_config, pipeline_rank)
+    per_stage = hf_config["num_hidden_layers"] // (layout.pipeline_parallel * layout.virtual_pipeline)
+    if layout.recompute != "full":
+        kept = alive * whole
+    elif layout.recompute_method == "uniform":
+        kept = alive / layout.recompute_num_layers * entering
+    else:
+        again = min(layout.recompute_num_layers, per_stage) / per_stage
+        kept = alive * (again * entering + (1 - again) * whole)
+    if layout.distribute_saved_activations:
+        kept -= alive * entering * (1 - 1 / layout.tensor_parallel)
+    return round(BYTES[config.model.dtype] * tokens * kept)
+
+
+def _head(config: Config, hf_config: Mapping[str, Any], tokens: int, on_cpu: bool) -> int:
+    """While a micro-batch's loss is found; its response tokens may be all of its tokens."""
+    layout, hidden, width = config.layout, hf_config["hidden_size"], BYTES[config.model.dtype]
+    entries = names.padded_vocabulary(hf_config, layout.tensor_parallel) // layout.tensor_parallel
+    chunk = min(layout.head_chunk_tokens, tokens)
+    wide = min(chunk * entries, BLOCK["cpu" if on_cpu else "cuda"])
+    head = entries * hidden * (4 + width)  # its gradient, added up in fp32, then as the weight is
+    final = 2 * width  # what enters and leaves the last norm
+    return chunk * entries * width + 4 * wide + head + tokens * hidden * (4 + width + final)
+
+
+def _backward(config: Config, hf_config: Mapping[str, Any], tokens: int, on_cpu: bool) -> int:
+    """Gradients alive in the backward pass of one MLP, and the layers that are computed again for it."""
+    inner = hf_config.get("moe_intermediate_size", 0) * hf_config.get("num_experts_per_tok", 0)
+    inner = max(inner, 0 if inner else hf_config["intermediate_size"])
+    numbers = hf_config["hidden_size"] + 4 * inner / config.layout.tensor_parallel
+    if config.layout.recompute == "full" and config.layout.recompute_method == "uniform":
+        # With block the layers that are computed again come last, when the others have let go of theirs.
+        numbers += config.layout.recompute_num_layers * _token_numbers(config, hf_config, on_cpu)[0]
+    return round(BYTES[config.model.dtype] * tokens * numbers)
+
+
+def _scores(config: Config) -> int:
+    """Of this data rank's responses: old log-probs, kept ids (8 bytes) and the teacher's log-probs (4 bytes each)."""
+    rollout, objective, layout = config.rollout, config.objective, config.layout
+    copies = layout.world_size // (layout.tensor_parallel * layout.pipeline_parallel * layout.context_parallel)
+    tokens = rollout.prompts_per_step * rollout.attempts_per_prompt * rollout.max_new_tokens / copies
+    kept = objective.kept_tokens * 8 + objective.teacher_columns * 4 if objective.has_teacher else 0
+    return round(tokens * (4 + kept))

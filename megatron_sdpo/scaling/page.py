@@ -1,0 +1,89 @@
+"""A plan in words, for the console."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+from megatron_sdpo.config import LayoutConfig
+from megatron_sdpo.scaling.planner import USABLE, Plan
+from megatron_sdpo.scaling.timing import Reach
+
+_ITEMS = {
+    "weights": "weights",
+    "gradients": "gradients, fp32",
+    "optimizer": "optimizer",
+    "teacher": "teacher",
+    "scores": "scores kept until training",
+    "activations": "activations",
+    "head": "head, or one layer's backward pass",
+    "swap": "teacher's copy, instead of activations",
+}
+_PHASES = {
+    "generate": "generation",
+    "score_student": "scoring as student",
+    "score_teacher": "scoring as teacher",
+    "train": "training passes",
+    "exchange": "gradients, optimizer",
+    "sync": "weights to engines",
+}
+
+
+def layout_name(layout: LayoutConfig) -> str:
+    """As ``--layout`` takes it. Example: ``tp8sppp4dp2do``."""
+    copies = layout.world_size // (layout.tensor_parallel * layout.pipeline_parallel * layout.context_parallel)
+    slices = f"et{layout.expert_tensor_parallel}" if layout.expert_tensor_parallel else ""
+    parts = [
+        f"tp{layout.tensor_parallel}{'sp' * layout.sequence_parallel}",
+        f"pp{layout.pipeline_parallel}" + (f"vp{layout.virtual_pipeline}" if layout.virtual_pipeline > 1 else ""),
+        f"cp{layout.context_parallel}" if layout.context_parallel > 1 else "",
+        f"ep{layout.expert_parallel}{slices}" if layout.expert_parallel > 1 else "",
+        f"dp{copies}{'do' * layout.distributed_optimizer}",
+    ]
+    return "".join(parts)
+
+
+def page(plan: Plan, nodes: int, reach: Reach, changes: Sequence[str]) -> str:
+    """Everything that is predicted of one layout, and the verdict."""
+    config, gb = plan.config, 1e9
+    lines = [
+        f"{config.name}: {config.layout.world_size} trainer ranks ({layout_name(config.layout)}) and"
+        f" {config.engine.count} engine(s) of {config.engine.tensor_parallel}: {plan.gpus} of {nodes * 8}"
+        f" {plan.gpu.name}",
+        f"assumed: prompts of {plan.lengths.prompt} tokens, responses of {plan.lengths.response}, teacher prompts of"
+        f" {plan.lengths.teacher_prompt}; {reach.training:.0%} of the bf16 peak in training, {reach.scoring:.0%} in"
+        f" scoring, {reach.memory:.0%} of memory bandwidth, {reach.links:.0%} of links",
+        "",
+        f"a trainer rank of pipeline rank {plan.stage}, the fullest, GB",
+        *(f"  {words:42} {getattr(plan.rank, key) / gb:8.2f}" for key, words in _ITEMS.items()),
+        f"  {'at the peak':42} {plan.rank.total / gb:8.2f} of {plan.room / gb:.2f} ({USABLE:.0%} of the GPU)",
+        "a GPU of an engine, GB",
+        f"  {'weights':42} {plan.engine.weights / gb:8.2f}",
+        f"  {'room for keys and values':42} {plan.engine.cache / gb:8.2f}, {plan.engine.sequences} sequences at once",
+        "a step, seconds",
+        *(f"  {words:42} {getattr(plan.time, key):8.2f}" for key, words in _PHASES.items()),
+        f"  {'all' + (' (generation runs ahead)' if plan.time.staleness else ''):42} {plan.time.total:8.2f}",
+        "",
+    ]
+    if plan.fits:
+        lines.append("it fits")
+    else:
+        missing = plan.rank.total - plan.room
+        what = f"a trainer rank lacks {missing / gb:.1f} GB" if missing > 0 else "an engine has no room for a sequence"
+        lines.append(f"it does not fit: {what}")
+        lines += [f"  would fit: {change}" for change in changes] or ["  no single change makes it fit; see --suggest"]
+    assert {field.name for field in fields(plan.rank)} == set(_ITEMS)
+    return "\n".join(lines)
+
+
+def ranking(plans: Sequence[Plan], most: int) -> str:
+    """The best layouts, a line each; where none fits, the smallest."""
+    if not plans:
+        return "no layout of so many trainer ranks divides the model"
+    fitting = sum(plan.fits for plan in plans)
+    words = f"{fitting} of {len(plans)} layouts fit into {plans[0].room / 1e9:.1f} GB" if fitting else "none fits"
+    lines = [f"{'layout':34} {'recompute':10} {'GB':>7} {'step s':>8} {'trainer s':>10}"]
+    lines += [
+        f"{layout_name(p.config.layout):34} {p.config.layout.recompute:10} {p.rank.total / 1e9:7.1f}"
+        f" {p.time.total:8.1f} {p.time.trainer:10.1f}"
+        for p in plans[: min(most, fitting) or most]
+    ]
+    return "\n".join([*lines, words])

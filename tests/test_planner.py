@@ -1,0 +1,165 @@
+"""Plans of published models: hand numbers, verdicts, refusals, suggestions, and the command."""
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from megatron_sdpo.cli import layout_overrides
+from megatron_sdpo.config import Config, ConfigError, apply_overrides
+from megatron_sdpo.hf_config import read_hf_config
+from megatron_sdpo.launch.planning import PUBLISHED
+from megatron_sdpo.scaling import planner
+from megatron_sdpo.scaling.hardware import GPUS, gpu_of
+from megatron_sdpo.scaling.memory import held
+from megatron_sdpo.scaling.page import layout_name, page, ranking
+from megatron_sdpo.scaling.timing import Lengths, Reach, kv_bytes, model_bytes
+from recipes import recipe
+from tests.public_configs import DENSE, EXPERTS
+
+PAPER = (
+    *("model.max_length=10240", "rollout.max_new_tokens=8192", "model.dtype=bfloat16", "teacher.kind=ema"),
+    *("teacher_context.max_prompt_tokens=10240", "engine.max_total_tokens=none", "objective.top_k=100"),
+    *("optim.mini_batches=1", "rollout.prompts_per_step=32", "layout.tokens_per_micro_batch=8192"),
+)
+LENGTHS = Lengths(256, 2048, 2304)
+H100 = GPUS["h100-80gb"]
+
+
+def config_of(layout: str, *more: str) -> Config:
+    return apply_overrides(recipe("minipipe"), [*PAPER, *layout_overrides(layout), *more])
+
+
+def architecture(name: str) -> dict[str, Any]:
+    return read_hf_config(PUBLISHED / name)
+
+
+def planned(name: str, layout: str, nodes: int, *more: str, gpu: str = "h100-80gb") -> planner.Plan:
+    return planner.plan(config_of(layout, *more), architecture(name), nodes, GPUS[gpu], LENGTHS, Reach())
+
+
+@pytest.mark.parametrize("name", DENSE | EXPERTS)
+def test_one_rank_holds_every_weight_once(name: str) -> None:
+    hf = architecture(name)
+    mine = held(hf, config_of("tp1").layout, 0)
+    assert mine.dense + mine.experts == (DENSE | EXPERTS)[name][1]
+    assert model_bytes(hf, 2) == 2 * (mine.dense + mine.experts)
+
+
+@pytest.mark.parametrize(
+    "name, layout",
+    [("Qwen3-8B", "tp2sppp2dp2do"), ("Llama-3.3-70B", "tp8sppp4vp2dp2do"), ("Qwen3-30B-A3B", "pp2ep4dp8do")],
+)
+def test_ranks_hold_the_model_together(name: str, layout: str) -> None:
+    """All but norms and routers, which every tensor rank has; the vocabulary of these is divisible."""
+    hf, cut = architecture(name), config_of(layout).layout
+    ranks = [held(hf, cut, rank) for rank in range(cut.pipeline_parallel)]
+    total = sum(cut.tensor_parallel * r.dense + cut.expert_parallel * cut.expert_tensor * r.experts for r in ranks)
+    whole = (DENSE | EXPERTS)[name][1]
+    assert 0 <= total - whole <= 1e-3 * whole * (cut.tensor_parallel > 1)
+
+
+def test_hand_numbers_of_a_70b_rank() -> None:
+    """Tensor 8, pipeline 4, data 2: of each weight an eighth of a quarter, optimizer and teacher halved again."""
+    found = planned("Llama-3.3-70B", "tp8sppp4dp2do", 16, "engine.count=8", "engine.tensor_parallel=8")
+    weights = (20 * 855_654_400 + 128256 * 8192) / 8  # 20 layers and the embedding
+    assert found.stage == 0
+    assert found.rank.weights == pytest.approx(2 * weights, rel=1e-3)
+    assert found.rank.gradients == pytest.approx(4 * weights, rel=1e-3)
+    assert found.rank.optimizer == pytest.approx(12 * weights / 2, rel=1e-3)
+    assert found.rank.teacher == pytest.approx(4 * weights / 2, rel=1e-3)
+    # 4 micro-batches of 10,240 tokens in flight; 8 key-value heads of 128
+    numbers = (4 * 8192 + 3 * (64 + 8) * 128 + 3 * 28672) / 8
+    assert found.rank.activations == pytest.approx(4 * 20 * 10240 * 2 * numbers, rel=1e-6)
+    assert kv_bytes(architecture("Llama-3.3-70B"), 2) == 2 * 80 * 8 * 128 * 2
+    assert found.engine.weights == pytest.approx(70_553_706_496 * 2 / 8, rel=1e-6)
+    assert found.fits and found.gpus == 128
+
+
+def test_what_does_not_fit_is_told_what_would() -> None:
+    found = planned("Qwen3-8B", "tp2spdp2do", 1, "engine.count=4")
+    assert not found.fits
+    lines = planner.changes(found, architecture("Qwen3-8B"), 1, Reach())
+    assert any(line.startswith("layout.recompute=full: ") for line in lines)
+    for line in lines:
+        words = line.split(":")[0]
+        extra = ["layout.world_size=8"] if words == "layout.tensor_parallel=8" else []
+        assert planned("Qwen3-8B", "tp2spdp2do", 1, "engine.count=4", words, *extra).fits
+    text = page(found, 1, Reach(), lines)
+    assert "it does not fit: a trainer rank lacks" in text and "would fit: layout.recompute=full" in text
+
+
+def test_a_gpu_with_more_memory_fits_more() -> None:
+    assert not planned("Qwen3-8B", "tp2spdp2do", 1, "engine.count=4").fits
+    assert planned("Qwen3-8B", "tp2spdp2do", 1, "engine.count=4", gpu="h200-141gb").fits
+
+
+@pytest.mark.parametrize(
+    "name, layout, nodes, more, words",
+    [
+        ("Qwen3-8B", "tp4dp2", 1, (), "8 trainer ranks and 1 engines of 1 GPUs need 9 GPUs, but 1 nodes have 8"),
+        ("Llama-3.3-70B", "tp64", 9, (), "does not divide the model's 8 key-value heads"),
+        ("Qwen2.5-7B", "tp8", 2, (), "does not divide the model's 28 attention heads"),
+        ("Qwen3-14B", "pp3", 1, (), "does not divide the model's 40 layers"),
+        ("Qwen3-8B", "tp1", 1, ("layout.world_size=3", "layout.tensor_parallel=2"), "is not a multiple of"),
+    ],
+)
+def test_layouts_that_cannot_work_are_refused(
+    name: str, layout: str, nodes: int, more: Sequence[str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        planned(name, layout, nodes, *more)
+
+
+def test_suggested_layouts_fit_and_are_ranked() -> None:
+    config, hf = config_of("tp8sppp4dp2do", "engine.count=8", "engine.tensor_parallel=8"), architecture("Llama-3.3-70B")
+    found = planner.suggest(config, hf, 16, H100, LENGTHS, Reach())
+    fitting = [plan for plan in found if plan.fits]
+    assert fitting and found[: len(fitting)] == fitting
+    seconds = [plan.time.total for plan in fitting]
+    assert seconds == sorted(seconds)
+    assert all(plan.config.layout.world_size == 64 for plan in found)
+    text = ranking(found, 3)
+    assert text.splitlines()[1].startswith(layout_name(fitting[0].config.layout))
+    for plan in fitting[:5]:  # a name says all that --layout needs
+        again = apply_overrides(recipe("minipipe"), layout_overrides(layout_name(plan.config.layout))).layout
+        same = ("tensor_parallel", "pipeline_parallel", "context_parallel", "sequence_parallel", "world_size")
+        assert all(getattr(again, key) == getattr(plan.config.layout, key) for key in same)
+    small = dataclasses.replace(config, layout=config_of("tp8").layout)
+    assert ranking(planner.suggest(small, hf, 16, H100, LENGTHS, Reach()), 3).endswith("none fits")
+
+
+def test_time_moves_with_what_it_is_made_of() -> None:
+    def seconds(*more: str, gpu: str = "h100-80gb", layout: str = "tp4sppp1dp2do", **lengths: int) -> Any:
+        mean = dataclasses.replace(LENGTHS, **lengths)
+        config = config_of(layout, "engine.count=8", *more)
+        return planner.plan(config, architecture("Qwen3-8B"), 2, GPUS[gpu], mean, Reach()).time
+
+    plain = seconds()
+    assert seconds("layout.recompute=full").train == pytest.approx(plain.train * 4 / 3, rel=0.05)
+    assert seconds(teacher_prompt=4608).score_teacher > 1.4 * plain.score_teacher
+    assert seconds("objective.kind=grpo").score_teacher == 0.0
+    assert seconds("objective.kind=next_token").score_student == 0.0
+    assert seconds(layout="tp4sppp2dp1").train > plain.train  # a pipeline waits
+    assert seconds(gpu="h200-141gb").generate < plain.generate
+    assert plain.total == pytest.approx(plain.generate + plain.trainer)
+    assert seconds("rollout.max_staleness=1").total == max(plain.generate, plain.trainer)
+    # 6 N D at 40 % of eight GPUs; attention, head and what tensor ranks exchange come on top
+    flops = 3 * 2 * 7_568_000_000 * 256 * 2304
+    assert 1.0 < plain.train / (flops / (8 * 989.4e12 * 0.4)) < 1.4
+
+
+def test_an_unknown_gpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--gpu v100 is not known; known are a100-80gb"):
+        gpu_of("v100")
+
+
+def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "megatron_sdpo.cli", "plan", "minipipe"]
+    done = subprocess.run([*command, "--layout=tp1"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("it fits"), done.stderr
+    done = subprocess.run([*command, "--architecture=GPT-5"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "is neither a directory nor one of Llama-3.1-8B" in done.stderr
