@@ -151,6 +151,8 @@ def console_line(row: Row, steps: int) -> str:
     width = len(str(steps))
     parts = [f"step {_step(row):{width}d}/{steps}", f"gens {int(row['generations'] or 0)}"]
     parts += [f"{name} {_number(row, keys, spec)}" for name, keys, spec in _NUMBERS]
+    if skipped := row.get("optim/skipped_steps"):
+        parts.append(f"skipped {skipped:.0f}")
     phases = [f"{name} {row[key]:.1f}" for name, key in _PHASES if row.get(key) is not None]
     if phases:
         parts.append(" ".join(phases) + " s")

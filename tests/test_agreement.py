@@ -79,10 +79,10 @@ def test_two_ranks_that_disagree_end_with_one_sentence(tmp_path: Path, odd: tupl
         shutil.copytree(ROOT / "megatron_sdpo", folder / "megatron_sdpo", ignore=shutil.ignore_patterns("__pycache__"))
         with (folder / "megatron_sdpo" / "objective.py").open("a") as file:
             file.write("# another loss\n")
-    with pytest.raises(AssertionError, match="exited with 1"):
+    with pytest.raises(AssertionError, match="exited with 1") as ended:
         run_ranks("dist_agreement.py", 2, [*map(str, runs), str(folder)], timeout=200)
     said = [RunDir(path).failure_of("trainer") for path in runs]
-    assert said[0] is not None and said[0] == said[1]
+    assert said[0] is not None and said[0] == said[1], ended.value
     what = {
         "code": "another content of the file objective.py",
         "configuration": "optim.lr 0.5 where others have 0.25",

@@ -54,10 +54,14 @@ def test_a_step_is_one_row_and_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     tracker = Tracker(CONFIG, tmp_path, is_writer=True)
     tracker.log(0, {"eval/accuracy": 0.03, "time/evaluate": 1.2})
     tracker.log(12, STEP)
+    tracker.log(13, {"optim/skipped_steps": 0.0})
+    tracker.log(14, {"optim/skipped_steps": 2.0, "optim/grad_norm": 31.0})
     tracker.close()
     assert read_metrics(tmp_path) == [
         {"step": 0, "generations": 0, "eval/accuracy": 0.03, "time/evaluate": 1.2},
         {"step": 12, "generations": 12 * 16 * 8, **STEP},
+        {"step": 13, "generations": 13 * 16 * 8, "optim/skipped_steps": 0.0},
+        {"step": 14, "generations": 14 * 16 * 8, "optim/skipped_steps": 2.0, "optim/grad_norm": 31.0},
     ]
     text = (tmp_path / METRICS_FILE).read_text()
     assert all(list(row) == sorted(row) for row in map(json.loads, text.splitlines()))
@@ -65,7 +69,17 @@ def test_a_step_is_one_row_and_one_line(tmp_path: Path, capsys: pytest.CaptureFi
         "step  0/28 | gens 0 | reward - | eval 0.03 | loss - | grad -",
         "step 12/28 | gens 1536 | reward 0.42 | eval 0.71 | loss 0.0123 | grad 0.80"
         " | gen 0.9 ver 0.0 stu 0.3 tea 0.4 trn 0.8 syn 0.1 s",
+        "step 13/28 | gens 1664 | reward - | eval - | loss - | grad -",
+        "step 14/28 | gens 1792 | reward - | eval - | loss - | grad 31.00 | skipped 2",
     ]
+
+
+def test_a_warning_is_a_line_of_the_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for is_writer in (True, False):
+        tracker = Tracker(CONFIG, tmp_path, is_writer)
+        tracker.say("rank 3 is slow")
+        tracker.close()
+    assert capsys.readouterr().out == "warning: rank 3 is slow\n"
 
 
 def test_a_value_that_is_not_finite_is_null_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -140,6 +140,7 @@ def run(run_dir: RunDir) -> None:
     with phases("wait"):
         source, publisher = _around(learner, run_dir, config, token, observation)
     phases.taken()  # no step took these times
+    phases.step = learner.step
     if resumed and groups.rank == 0:
         print("\n".join(resumed_words(resumed, Journal(run_dir.attempts))), flush=True)
     checkpoints = DueCheckpoints(config, learner, run_dir)
