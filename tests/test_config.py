@@ -139,8 +139,6 @@ def test_a_file_that_cannot_be_loaded_is_refused(tmp_path: Path, text: str | Non
 
 POSITIVE = (
     "steps",
-    "layout.expert_parallel",
-    "layout.expert_tensor_parallel",
     "layout.tensor_parallel",
     "layout.pipeline_parallel",
     "layout.world_size",
@@ -149,6 +147,8 @@ POSITIVE = (
     "layout.overlap_bucket_elements",
     "layout.virtual_pipeline",
     "layout.context_parallel",
+    "layout.expert_parallel",
+    "layout.expert_tensor_parallel",
     "engine.count",
     "rollout.prompts_per_step",
     "rollout.attempts_per_prompt",

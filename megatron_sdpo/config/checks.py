@@ -15,10 +15,10 @@ from megatron_sdpo.config.tree import (
 _AT_LEAST = {
     2: ("publish.probe_tokens",),
     1: (
-        *("layout.expert_parallel", "layout.expert_tensor_parallel"),
         *("steps", "model.max_length", "optim.mini_batches", "objective.top_k", "publish.bucket_bytes"),
         *("layout.tensor_parallel", "layout.pipeline_parallel", "layout.world_size", "layout.tokens_per_micro_batch"),
         *("layout.virtual_pipeline", "layout.context_parallel"),
+        *("layout.expert_parallel", "layout.expert_tensor_parallel"),
         *("layout.head_chunk_tokens", "layout.overlap_bucket_elements"),
         *("engine.count", "engine.tensor_parallel", "engine.max_running_requests", "engine.max_total_tokens"),
         *("rollout.prompts_per_step", "rollout.attempts_per_prompt", "rollout.max_new_tokens"),
