@@ -108,8 +108,8 @@ def initialize(layout: LayoutConfig, seed: int, timeout_s: float) -> ParallelGro
     ``timeout_s`` bounds every collective. The seed drives dropout and fresh weights; it differs by tensor rank
     where Megatron wants it to. Raises ConfigError when the world has another size than the layout.
     """
-    _check_backend(layout)
     platform.redirect_megatron()
+    _check_backend(layout)
     _start_world(layout, timeout_s)
     parallel_state.initialize_model_parallel(
         layout.tensor_parallel,
@@ -134,6 +134,14 @@ def initialize(layout: LayoutConfig, seed: int, timeout_s: float) -> ParallelGro
     return groups
 
 
+def shutdown() -> None:
+    """Forget the groups and leave torch.distributed; safe to call twice."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _check_backend(layout: LayoutConfig) -> None:
     """Refuse what only NCCL can do (and there has not yet been run on a GPU)."""
     uneven = layout.expert_parallel > 1 and layout.expert_tensor > 1 and layout.sequence_parallel
@@ -143,14 +151,6 @@ def _check_backend(layout: LayoutConfig) -> None:
             " of each expert gathers different numbers of tokens over tensor ranks, which gloo cannot; set"
             " layout.expert_tensor_parallel=1"
         )
-
-
-def shutdown() -> None:
-    """Forget the groups and leave torch.distributed; safe to call twice."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _start_world(layout: LayoutConfig, timeout_s: float) -> None:
