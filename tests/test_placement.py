@@ -23,7 +23,7 @@ Placement = Literal["swapped", "resident", "offloaded"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("placement")
-    write_models(folder, models={"llama": 2})
+    write_models(folder, models={"llama": 2, "qwen3_moe": 2})
     return folder
 
 
@@ -49,7 +49,7 @@ def test_no_copy_is_ever_old(folder: Path, groups: ParallelGroups, placement: st
     "layouts",
     [
         pytest.param(("dp2-overlap",), id="divided"),
-        pytest.param(("dp2-do", "tp2-sp", "pp2vp2"), id="more", marks=pytest.mark.slow),
+        pytest.param(("dp2ep2-overlap", "dp2-do", "tp2-sp", "pp2vp2"), id="more", marks=pytest.mark.slow),
     ],
 )
 def test_under_layouts(folder: Path, layouts: tuple[str, ...]) -> None:

@@ -23,6 +23,7 @@ MOST |= {"uniform": 0.25, "uniform-2": 0.35, "block": 0.92}
 TWO_RANKS = (
     *("tp2/llama/divided", "tp2/qwen3_moe/moe", "tp2-sp/llama/together", "pp2/llama/uniform-2", "pp2vp2/llama/block"),
     *("cp2/llama/core_attn", "cp2/llama/uniform", "dp2-overlap/llama/uniform"),
+    *("dp2ep2-overlap/qwen3_moe/moe", "dp2ep2/qwen3_moe/uniform"),
 )
 
 
