@@ -101,7 +101,7 @@ def test_layouts_compute_again_what_one_process_computes_once(
     folder: Path, groups: ParallelGroups, ranks: int, arguments: tuple[str, ...]
 ) -> None:
     """Loss and gradient norm within 1e-5 of one process; the worker compares with the same layout without."""
-    run_ranks("dist_recompute.py", ranks, [str(folder), *arguments], timeout=200)
+    run_ranks("dist_recompute.py", ranks, [str(folder), *arguments], timeout=280)
     results = json.loads((folder / "results.json").read_text())
     assert list(results) == list(arguments)
     single = {model: two_batches(learner_of(folder, model, "none", groups))[0] for model in LAYERS}
