@@ -23,7 +23,7 @@ Placement = Literal["swapped", "resident", "offloaded"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("placement")
-    write_models(folder, models={"llama": 2})
+    write_models(folder, models={"llama": 2, "qwen3_moe": 2})
     return folder
 
 
@@ -44,16 +44,17 @@ def test_no_copy_is_ever_old(folder: Path, groups: ParallelGroups, placement: st
     check_never_stale(folder, placement, groups, LayoutConfig(), tmp_path)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize(
     "layouts",
     [
         pytest.param(("dp2-overlap",), id="divided"),
+        pytest.param(("dp2ep2-overlap",), id="experts", marks=pytest.mark.slow),
         pytest.param(("dp2-do", "tp2-sp", "pp2vp2"), id="more", marks=pytest.mark.slow),
     ],
 )
 def test_under_layouts(folder: Path, layouts: tuple[str, ...]) -> None:
-    run_ranks("dist_placement.py", 2, [str(folder), *layouts], timeout=280)
+    run_ranks("dist_placement.py", 2, [str(folder), *layouts], timeout=450)
 
 
 def _model(dtype: torch.dtype, device: str = "cpu") -> tuple[list[nn.Parameter], list[Tensor], int]:

@@ -113,7 +113,10 @@ def test_another_experiment_is_refused_and_nothing_is_touched(
 
 @pytest.mark.parametrize(
     "override",
-    ["steps=99", "checkpoint.every=1", "evaluation.every=0", "engine.count=2", "publish.probe_tokens=8", "name=x"],
+    [
+        *("steps=99", "checkpoint.every=1", "evaluation.every=0", "engine.count=2", "publish.probe_tokens=8", "name=x"),
+        *("layout.recompute=full", "teacher.placement=resident", "debug.timeline=true", "debug.profile_steps=[1]"),
+    ],
 )
 def test_what_does_not_change_the_experiment_may_change(tmp_path: Path, override: str) -> None:
     run_dir = started(tmp_path)
