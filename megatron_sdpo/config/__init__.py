@@ -4,32 +4,35 @@ A recipe (recipes/) returns a complete ``Config``; ``apply_overrides`` changes f
 what cannot work before anything is started; the resolved tree is saved as ``config.json`` in the run directory. Every
 refusal is a ``ConfigError`` with one sentence that says what was wrong and what to set.
 
-===========  =======================================================
+===========  ==========================================================================
 tree.py      the dataclasses: every key, its default, what it means
+training.py  those of the trainer's ranks: layout, optimizer, guards, checkpoints
 reading.py   overrides, JSON in and out, strictly
 checks.py    what values may be, alone and together
-===========  =======================================================
+===========  ==========================================================================
 """
 
 from megatron_sdpo.config.checks import check, check_discovery
 from megatron_sdpo.config.reading import apply_overrides, fields_by_name, load, read_json, save, type_words
-from megatron_sdpo.config.tree import (
+from megatron_sdpo.config.training import (
     CheckpointConfig,
+    GuardConfig,
+    LayoutConfig,
+    OptimConfig,
+    RanksConfig,
+    SpikeConfig,
+)
+from megatron_sdpo.config.tree import (
     Config,
     ConfigError,
     DebugConfig,
     DiscoveryConfig,
     EngineConfig,
     EvaluationConfig,
-    GuardConfig,
-    LayoutConfig,
     ModelConfig,
     ObjectiveConfig,
-    OptimConfig,
     PublishConfig,
-    RanksConfig,
     RolloutConfig,
-    SpikeConfig,
     TaskConfig,
     TeacherConfig,
     TeacherContextConfig,

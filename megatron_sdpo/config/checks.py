@@ -3,14 +3,8 @@
 import math
 from operator import attrgetter
 
-from megatron_sdpo.config.tree import (
-    Config,
-    ConfigError,
-    DebugConfig,
-    LayoutConfig,
-    ObjectiveConfig,
-    TeacherContextConfig,
-)
+from megatron_sdpo.config.training import LayoutConfig
+from megatron_sdpo.config.tree import Config, ConfigError, DebugConfig, ObjectiveConfig, TeacherContextConfig
 
 _AT_LEAST = {
     2: ("publish.probe_tokens",),

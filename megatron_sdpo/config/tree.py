@@ -1,8 +1,17 @@
-"""Every configuration key, its default, and what it means."""
+"""Every configuration key, its default, and what it means; those of the trainer's ranks are in training.py."""
 
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from megatron_sdpo.config.training import (
+    CheckpointConfig,
+    GuardConfig,
+    LayoutConfig,
+    OptimConfig,
+    RanksConfig,
+    SpikeConfig,
+)
 
 
 class ConfigError(ValueError):
@@ -29,57 +38,6 @@ class TaskConfig:
     """A name known to tasks.load_task."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the task."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayoutConfig:
-    """How the model is cut over trainer ranks; data parallel is what remains of the world size."""
-
-    tensor_parallel: int = 1
-    sequence_parallel: bool = False
-    """Tensor ranks also divide the tokens between their matrix products."""
-    pipeline_parallel: int = 1
-    virtual_pipeline: int = 1
-    """Pieces of the model, not next to each other, that each pipeline rank holds: less waiting, more messages."""
-    context_parallel: int = 1
-    """Ranks that divide the tokens of every sequence."""
-    expert_parallel: int = 1
-    """Ranks that divide the experts of a layer: taken from those of tensor, context and data parallelism."""
-    expert_tensor_parallel: int | None = None
-    """Ranks that hold slices of one expert: tensor_parallel (none means that too), or 1."""
-    world_size: int = 1
-    """Trainer ranks in all: a multiple of tensor_parallel * pipeline_parallel * context_parallel."""
-    distributed_optimizer: bool = False
-    """Data-parallel ranks divide master weights, moments and teacher among themselves; otherwise each has them all."""
-    overlap_grad_reduce: bool = False
-    """Gradients are summed over data-parallel ranks while the last backward pass still runs."""
-    overlap_param_gather: bool = False
-    """distributed_optimizer: new weights travel while the next forward pass runs already."""
-    overlap_bucket_elements: int = 40_000_000
-    """What overlaps travels in buckets of about so many numbers."""
-    tokens_per_micro_batch: int = 8192
-    """Packed tokens of a micro-batch; a sequence longer than this has a micro-batch of its own."""
-    head_chunk_tokens: int = 1024
-    """Response tokens whose logits a rank holds at one time, forward and backward; changes memory, not results."""
-    gradient_accumulation_fusion: Literal["auto", "on", "off"] = "auto"
-    """Weight gradients are added up inside the matrix product, in fp32. auto: where apex's kernel for it is."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again instead of keeping it (Megatron's recompute_granularity): nothing, parts of
-    each layer, or whole layers. Less memory, more time, the same results."""
-    recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"], ...] = ("core_attn",)
-    """selective: which parts."""
-    recompute_method: Literal["uniform", "block"] = "uniform"
-    """full. uniform: of every recompute_num_layers layers only what enters the first is kept; block: so of each of the
-    first recompute_num_layers of a pipeline stage, the others keep everything."""
-    recompute_num_layers: int = 1
-    """full: see recompute_method."""
-    distribute_saved_activations: bool = False
-    """full: tensor ranks divide what is kept among themselves, and gather it for the backward pass."""
-
-    @property
-    def expert_tensor(self) -> int:
-        """Ranks that hold slices of one expert."""
-        return self.expert_tensor_parallel or self.tensor_parallel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,68 +210,6 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
-    """AdamW."""
-
-    lr: float = 1e-5
-    lr_decay: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the learning rate after warm-up, from lr to lr * min_lr_ratio at the last step."""
-    min_lr_ratio: float = 0.0
-    warmup_steps: int = 0
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    clip_grad: float = 1.0
-    mini_batches: int = 1
-    """Optimizer steps per generation batch; samples are dealt to them at random by seed."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GuardConfig:
-    """Damps training while it makes the model worse (guard.py)."""
-
-    signal: Literal["off", "reward", "accuracy", "both"] = "off"
-    """reward: of the generation batches; accuracy: of the evaluations; both: damped while either is down."""
-    drop: float = 0.1
-    """How far below its best a signal must lie."""
-    damping: float = 0.1
-    """What the learning rate and an EMA teacher's update rate are then multiplied by."""
-    reward_window: int = 5
-    """Generation batches over which the reward is averaged."""
-    accuracy_window: int = 1
-    """Evaluations over which the accuracy is averaged."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SpikeConfig:
-    """What is done about a gradient norm far beyond those before it (spikes.py)."""
-
-    policy: Literal["off", "skip", "stop"] = "off"
-    """skip: the optimizer step is not made, nor does an EMA teacher follow that follows each; stop: the run ends before
-    it, as at numbers that are not finite."""
-    factor: float = 10.0
-    """A spike is above this times the median of the last accepted norms."""
-    window: int = 32
-    """How many accepted norms; nothing is judged before there are as many."""
-    patience: int = 3
-    """skip: after so many skipped steps in a row the next spike ends the run."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RanksConfig:
-    """What trainer ranks are held to."""
-
-    timeout_s: float = 1800.0
-    """Longest time in one phase (building, loading, scoring, training, publishing, saving); then the run ends with a
-    message that tells which ranks did not arrive. Waiting for attempts has no bound."""
-    slow_share: float = 0.3
-    """How much more own work than the others a rank may need before it counts as slow: 0.3 is 30 %."""
-    slow_steps: int = 5
-    """After so many slow steps in a row the console says so."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class PublishConfig:
     """How trained weights reach the engines."""
 
@@ -324,20 +220,6 @@ class PublishConfig:
     probe_tolerance: float = 1e-4
     """Largest accepted difference of a probe log-prob; natural log. bf16 needs about 0.15."""
     timeout_s: float = 300.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointConfig:
-    """When the trainer's state is written."""
-
-    every: int = 10
-    """Steps between checkpoints; the last step always has one."""
-    keep: int = 2
-    """How many of the newest are kept."""
-    keep_every: int | None = None
-    """Those of steps that are multiples of this are kept for good; a multiple of ``every``. None keeps no others."""
-    asynchronous: bool = True
-    """Training goes on while a checkpoint is written; changes no result."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

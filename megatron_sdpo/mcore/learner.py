@@ -51,7 +51,8 @@ class Learner:
         load_hf(self.model, config.model.path, groups, config.layout)
         self.wrapped, self.optimizer, self.weights = optim.wrap(self.model, config.optim, config.layout)
         masters, placement = self.weights.masters(), config.teacher.placement
-        self.teacher = TeacherWeights(masters, config.teacher.kind, config.teacher.update_rate, placement)
+        kind = config.teacher.kind if config.objective.has_teacher else "live"  # else nobody would ever read a copy
+        self.teacher = TeacherWeights(masters, kind, config.teacher.update_rate, placement)
         # Read from the model's directory at every start, so no checkpoint needs it.
         penalised = config.objective.kl_coefficient > 0
         self.reference = TeacherWeights(masters, "frozen", placement=placement) if penalised else None
