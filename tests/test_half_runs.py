@@ -54,18 +54,49 @@ def group(step: int, slot: int, question: Question, tokens: Chat) -> Group:
     return Group(step, slot, question, tuple(made), tuple(task.verify(question, a.text) for a in made))
 
 
-def test_a_trainer_needs_only_a_journal(tmp_path: Path) -> None:
-    tokens, journal = Chat(BASE_MODEL), Journal(tmp_path / "other" / "attempts")
+@pytest.fixture(scope="module")
+def journalled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory that holds attempts at ``STEPS`` steps."""
+    folder = tmp_path_factory.mktemp("other")
+    tokens, journal = Chat(BASE_MODEL), Journal(folder / "attempts")
     questions = load_task("minipipe", **minipipe().task.options).train_questions()
     for step in range(STEPS):
         for slot in (1, 0):
             journal.append(group(step, slot, questions[2 * step + slot], tokens))
+    return folder
+
+
+def test_a_run_goes_on_under_another_layout(journalled: Path, tmp_path: Path) -> None:
+    straight, changed = tmp_path / "straight", tmp_path / "changed"
+    given = (
+        f"--from-journal={journalled}",
+        "optim.lr_decay=constant",
+    )  # else the rate depends on how many steps follow
+    for run_dir, settings in (
+        (straight, ("--layout=tp1",)),
+        (changed, ("--layout=tp1", "steps=1")),
+        (changed, ("--layout=pp2", "layout.recompute=full")),
+    ):
+        done = train(*given, f"--run-dir={run_dir}", *settings)
+        assert done.returncode == 0, done.stderr
+    assert "resumed from the checkpoint of step 1" in done.stdout
+    rows, expected = read_metrics(changed), read_metrics(straight)
+    assert [row["step"] for row in rows] == [1, 2]
+    for key in ("loss/total", "optim/grad_norm"):
+        assert rows[1][key] == pytest.approx(expected[1][key], rel=1e-4)
+    found, wanted = (load_file(run_dir / "hf" / "model.safetensors") for run_dir in (changed, straight))
+    before = load_file(Path(BASE_MODEL) / "model.safetensors")
+    moved = max(float((wanted[key] - before[key]).abs().max()) for key in wanted)
+    assert max(float((found[key] - wanted[key]).abs().max()) for key in wanted) <= 1e-2 * moved
+
+
+def test_a_trainer_needs_only_a_journal(journalled: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    done = train(f"--from-journal={tmp_path / 'other'}", f"--run-dir={run_dir}", "steps=3")
+    done = train(f"--from-journal={journalled}", f"--run-dir={run_dir}", "steps=3")
     assert done.returncode == 2
     assert "attempts has 0 groups of step 2, not rollout.prompts_per_step 2; set steps=2" in done.stderr
     assert not run_dir.exists()
-    done = train(f"--from-journal={tmp_path / 'other'}", f"--run-dir={run_dir}", "--deterministic")
+    done = train(f"--from-journal={journalled}", f"--run-dir={run_dir}", "--deterministic")
     assert done.returncode == 0, done.stderr
     rows = read_metrics(run_dir)
     assert [row["step"] for row in rows] == [1, 2]

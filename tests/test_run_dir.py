@@ -97,7 +97,7 @@ def test_the_token_is_the_users_own_and_new_at_each_start(tmp_path: Path) -> Non
         (["seed=3", "optim.lr=0.5"], "seed=0, not 3 (and 1 more);"),
         (["task.options.machine_seed=2"], "task.options={'machine_seed': 1}, not {'machine_seed': 2};"),
         (["rollout.prompts_per_step=4"], "rollout.prompts_per_step=16, not 4;"),
-        (["layout.tensor_parallel=1"], "layout.tensor_parallel=2, not 1;"),
+        (["deterministic=true"], "deterministic=False, not True;"),
     ],
 )
 def test_another_experiment_is_refused_and_nothing_is_touched(
@@ -116,12 +116,22 @@ def test_another_experiment_is_refused_and_nothing_is_touched(
     [
         *("steps=99", "checkpoint.every=1", "evaluation.every=0", "engine.count=2", "publish.probe_tokens=8", "name=x"),
         *("layout.recompute=full", "teacher.placement=resident", "debug.timeline=true", "debug.profile_steps=[1]"),
+        "layout.tensor_parallel=1",
     ],
 )
 def test_what_does_not_change_the_experiment_may_change(tmp_path: Path, override: str) -> None:
     run_dir = started(tmp_path)
     run_dir.prepare(config(override))
     assert configuration.load(run_dir.config) == config(override) != config()
+
+
+def test_a_deterministic_run_keeps_its_layout(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.prepare(config("deterministic=true"))
+    (tmp_path / "attempts" / "step-00000000.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds a run with layout.tensor_parallel=2, not 1;"):
+        run_dir.prepare(config("deterministic=true", "layout.tensor_parallel=1"))
+    run_dir.prepare(config("deterministic=true", "layout.recompute=full"))
 
 
 def test_a_run_of_an_earlier_version_goes_on_but_does_not_become_deterministic(tmp_path: Path) -> None:

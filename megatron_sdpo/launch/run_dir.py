@@ -22,6 +22,8 @@ _MAY_CHANGE = (
     *("debug.timeline", "debug.profile"),
 )
 """What a resumed run may change; anything else would make it another experiment under the same name."""
+_MAY_CHANGE_IF_NEARLY_THE_SAME = ("layout.",)
+"""What changes the last digits only, so not of a deterministic run."""
 
 POLL_S = 0.1
 
@@ -208,7 +210,8 @@ def wait_for(find: Callable[[], T | None], what: str, timeout_s: float) -> T:
 
 def _check_same_run(old: Config, new: Config, path: Path) -> None:
     before, after = leaves(dataclasses.asdict(old)), leaves(dataclasses.asdict(new))
-    changed = [key for key in after if before.get(key) != after[key] and not key.startswith(_MAY_CHANGE)]
+    free = _MAY_CHANGE if new.deterministic else _MAY_CHANGE + _MAY_CHANGE_IF_NEARLY_THE_SAME
+    changed = [key for key in after if before.get(key) != after[key] and not key.startswith(free)]
     if changed:
         key = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
