@@ -79,6 +79,7 @@ class Watchdog:
         self._main = threading.get_ident()
         self._closed = threading.Event()
         run_dir.ranks.mkdir(exist_ok=True)
+        self._write(self._place(self._now, 0.0))  # a rank that stops before its first tick has a host already
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def began(self, step: int, name: str) -> None:
