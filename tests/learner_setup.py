@@ -98,14 +98,14 @@ def make_batch(step: int = 0) -> Batch:
 
 
 def make_learner(config: Config, groups: ParallelGroups, teacher: Path | None = None) -> Learner:
-    """A learner whose teacher and reference have the weights of the directory ``teacher``; None: the student's."""
+    """A learner whose teacher and reference, if any, have the weights of the directory ``teacher``; None: its own."""
     learner = Learner(config, groups)
     if teacher is not None:
         load_hf(learner.model, teacher, groups, config.layout)
         with torch.no_grad():
+            theirs = learner.weights.cut(dict(learner.model.named_parameters()))
             for held in filter(None, (learner.teacher, learner.reference)):
-                theirs = learner.weights.cut(dict(learner.model.named_parameters()))
-                for weight, part in zip(held.tensors, theirs, strict=True):
+                for weight, part in zip(held.tensors, theirs if held.tensors else (), strict=True):
                     weight.copy_(part)
         load_hf(learner.model, config.model.path, groups, config.layout)
     return learner

@@ -83,7 +83,8 @@ def test_two_mini_batches_equal_transformers_and_autograd(
     student, teacher = load(folder / "llama"), load(folder / "llama-teacher")
     found, weights = steps(student, teacher, batch.samples, mini_batches, config)
     losses, norms = zip(*found, strict=True)
-    assert metrics["loss/total"] == pytest.approx(sum(losses) / 2, rel=TOLERANCE)
+    largest = max(map(abs, losses))  # two losses may cancel each other
+    assert metrics["loss/total"] == pytest.approx(sum(losses) / 2, rel=TOLERANCE, abs=TOLERANCE * largest)
     assert metrics["optim/grad_norm"] == pytest.approx(sum(norms) / 2, rel=TOLERANCE)
     save_hf(learner.model, tmp_path / "after", groups, config.layout, folder / "llama")
     ours, before = (load_file(path / "model.safetensors") for path in (tmp_path / "after", folder / "llama"))

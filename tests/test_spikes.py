@@ -102,7 +102,8 @@ def test_one_process_steps_as_megatron_skips_and_stops(folder: Path, groups: Par
 
 
 @pytest.mark.parametrize(
-    "layouts", [("tp2-sp", "dp2-overlap"), pytest.param(("dp2", "dp2-do", "pp2", "cp2"), marks=pytest.mark.slow)]
+    "layouts",
+    [("tp2-sp", "dp2-overlap"), pytest.param(("dp2", "dp2-do", "pp2", "cp2", "dp2ep2"), marks=pytest.mark.slow)],
 )
 def test_ranks_step_as_megatron_skip_and_stop_together(folder: Path, layouts: tuple[str, ...]) -> None:
     run_ranks("dist_spikes.py", 2, [str(folder), *layouts], timeout=300)
