@@ -9,6 +9,7 @@ Results belong in tools/BENCHMARKS.md.
 """
 
 import argparse
+import gc
 import random
 import statistics
 import tempfile
@@ -84,6 +85,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         name: checkpoint.Saver(learner, folder / name, CheckpointConfig(keep=1, asynchronous=name == "beside"))
         for name in ("at once", "beside")
     }
+    gc.collect()
+    gc.freeze()  # as the trainer does: what was built is never looked through again
     plain: list[float] = []
     stalls: dict[str, list[float]] = {name: [] for name in savers}
     work: dict[str, list[float]] = {name: [] for name in savers}
