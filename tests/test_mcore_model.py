@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_sdpo.config import ConfigError
+from megatron_sdpo.config import ConfigError, LayoutConfig
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore.hf import HfCheckpoint
-from megatron_sdpo.mcore.modules import packed_rows
+from megatron_sdpo.mcore.model import transformer_config
+from megatron_sdpo.mcore.modules import CausalAttention, packed_rows
+from recipes.minipipe import BASE_MODEL
 from tests.hf_reference import reference
 from tests.launch import run_ranks
 from tests.tiny_model import write_tiny_checkpoint
@@ -139,13 +141,51 @@ def test_a_head_beside_a_tied_embedding_must_equal_it(tmp_path: Path) -> None:
         assert checkpoint.keys() == tensors.keys() - {"lm_head.weight"}
 
 
-@pytest.mark.parametrize("lengths", [(3,), (40, 1, 2, 17, 2, 33, 16, 15), (1, 1, 1)])
+@pytest.mark.parametrize("lengths", [(40, 1, 2, 17, 2, 33, 16, 15), (3, 4), (9, 9, 1, 9)])
 def test_padding_puts_every_token_in_its_place(lengths: tuple[int, ...]) -> None:
     padding = packed_rows(lengths, torch.device("cpu")).padding
     total = sum(lengths)
+    assert not padding.none
     assert torch.equal(padding.source_P[padding.target_T], torch.arange(total))
-    assert padding.none == (len(set(lengths)) == 1)
     assert sum(n * width for n, width in padding.blocks) == len(padding.source_P) < 2 * total
+
+
+@pytest.mark.parametrize(
+    ("lengths", "blocks"),
+    [((3,), ((1, 3),)), ((1, 1, 1), ((3, 1),)), ((70, 70, 65, 32, 32), ((2, 70), (1, 65), (2, 32)))],
+)
+def test_runs_of_one_length_are_blocks_as_they_stand(
+    lengths: tuple[int, ...], blocks: tuple[tuple[int, int], ...]
+) -> None:
+    padding = packed_rows(lengths, torch.device("cpu")).padding
+    assert padding.none and padding.blocks == blocks
+
+
+def test_both_ways_of_attending_agree() -> None:
+    """Runs as blocks against the same sequences among short ones, which are padded."""
+    hf = read_hf_config(BASE_MODEL)
+    config = transformer_config(hf, LayoutConfig(), torch.float32)
+    attention, generator = CausalAttention(config, 1, None, "self"), torch.Generator().manual_seed(0)
+    lengths, short = (70, 70, 65, 64), (3, 2, 5, 4, 3)
+    heads, d = hf["num_attention_heads"], hf["head_dim"]
+    total = sum(lengths)
+    qkv = [torch.randn(total, heads, d, generator=generator, requires_grad=True) for _ in range(3)]
+    more = [torch.randn(sum(short), heads, d, generator=generator) for _ in range(3)]
+    table = torch.randn(80, d // 2, generator=generator).repeat(1, 2)
+
+    def attended(lengths: tuple[int, ...], *parts: Tensor) -> Tensor:
+        rows = packed_rows(lengths, torch.device("cpu"))
+        rows.set_rotary(table.cos(), table.sin())
+        return attention(*parts, packed_seq_params=rows)
+
+    assert packed_rows(lengths, torch.device("cpu")).padding.none
+    assert not packed_rows((*lengths, *short), torch.device("cpu")).padding.none
+    alone = attended(lengths, *qkv)
+    among = attended((*lengths, *short), *(torch.cat(pair) for pair in zip(qkv, more, strict=True)))[:total]
+    torch.testing.assert_close(alone, among, rtol=1e-5, atol=1e-6)
+    upstream = torch.randn(alone.shape, generator=generator)
+    for ours, theirs in zip(*(torch.autograd.grad(x, qkv, upstream) for x in (alone, among)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [(), (3, 0)])

@@ -5,6 +5,7 @@ A micro-batch is one packed row: the tokens of all its sequences end to end, ``[
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from megatron_sdpo.batching import zigzag
 from megatron_sdpo.mcore.elementwise import RMSNorm, SwiGLU, rotate
 from megatron_sdpo.mcore.experts import with_experts
 
+RUN_TOKENS = 64
+"""A block of its own costs about as much as copying so many tokens into a padded one."""
+
 
 class Padding:
     """Where packed tokens stand in right-padded blocks; computed once, shared by all layers.
@@ -33,11 +37,16 @@ class Padding:
     short ones. ``P`` counts the places of all blocks, block after block.
 
     ``blocks``: (sequences, width) of each. ``source_P`` (int64): the packed row in each place; a pad repeats its
-    sequence's last token. ``target_T`` (int64): the place of each packed row. ``none``: the row is the one block
-    already, as its sequences are of one length.
+    sequence's last token. ``target_T`` (int64): the place of each packed row. ``none``: the row as it is, is the
+    blocks: sequences of one length stand together, and are many enough for a block of their own.
     """
 
     def __init__(self, lengths: Tensor) -> None:
+        runs = [(len(list(equal)), length) for length, equal in itertools.groupby(lengths.tolist())]
+        self.none = len(runs) == 1 or int(lengths.sum()) >= RUN_TOKENS * len(runs)
+        if self.none:
+            self.blocks: tuple[tuple[int, int], ...] = tuple(runs)
+            return
         starts, device = torch.cumsum(lengths, 0) - lengths, lengths.device
         members_by_size: dict[int, list[int]] = {}
         for i, length in enumerate(lengths.tolist()):
@@ -50,12 +59,11 @@ class Padding:
             blocks.append((len(members), width))
             sources.append((starts[members][:, None] + torch.minimum(position_MS, last_M1)).flatten())
             insides.append((position_MS <= last_M1).flatten())
-        self.blocks: tuple[tuple[int, int], ...] = tuple(blocks)
+        self.blocks = tuple(blocks)
         self.source_P = torch.cat(sources)
         places = torch.nonzero(torch.cat(insides)).squeeze(1)
         self.target_T = torch.empty_like(places)
         self.target_T[self.source_P[places]] = places
-        self.none = len(self.blocks) == 1 and len(self.source_P) == len(self.target_T)
 
 
 @dataclass
@@ -229,15 +237,19 @@ class CausalAttention(MegatronModule):
         assert rotary is not None, "the model has not said how to rotate this row"
         q_Thd, k_Thd = (rotate(x, *rotary) for x in (query, key))
         if padding.none:
-            whole = self._attend(*(x.unflatten(0, padding.blocks[0]).transpose(1, 2) for x in (q_Thd, k_Thd, value)))
-            return whole.transpose(1, 2).flatten(2).flatten(0, 1)
-        q_Phd, k_Phd, v_Phd = (_Pad.apply(x, padding) for x in (q_Thd, k_Thd, value))
-        sizes = [n * width for n, width in padding.blocks]
-        out, split = [], zip(*(x.split(sizes) for x in (q_Phd, k_Phd, v_Phd)), strict=True)
-        for block, qkv in zip(padding.blocks, split, strict=True):
-            attended = self._attend(*(x.unflatten(0, block).transpose(1, 2) for x in qkv))
+            return self._in_blocks((q_Thd, k_Thd, value), padding.blocks)
+        padded: Any = [_Pad.apply(x, padding) for x in (q_Thd, k_Thd, value)]
+        out: Any = _Unpad.apply(self._in_blocks(padded, padding.blocks), padding)
+        return out
+
+    def _in_blocks(self, qkv: Sequence[Tensor], blocks: Sequence[tuple[int, int]]) -> Tensor:
+        """``[P, h, d]`` each -> ``[P, h * d]``; of each block (sequences, width)."""
+        split = zip(*(x.split([n * width for n, width in blocks]) for x in qkv), strict=True)
+        out = []
+        for block, parts in zip(blocks, split, strict=True):
+            attended = self._attend(*(x.unflatten(0, block).transpose(1, 2) for x in parts))
             out.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
-        return _Unpad.apply(out[0] if len(out) == 1 else torch.cat(out), padding)  # pyright: ignore
+        return out[0] if len(out) == 1 else torch.cat(out)
 
     def _over_ranks(
         self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, context: dist.ProcessGroup
