@@ -1,7 +1,8 @@
 """Worker of test_checkpoint.py.
 
 Under torchrun, ``straight FOLDER`` trains four batches on each of ``RUNS`` and saves after two; ``resumed FOLDER``,
-in new processes, continues from there, under the same layout to the same bits, and under other layouts.
+in new processes, continues from there, under the same layout to the same bits, and under other layouts. ``train FOLDER
+RUN`` and ``continue FOLDER RUN LAYOUT`` do so for one run.
 Alone, ``killed FOLDER MODEL POINT`` continues a run and kills itself at a point of its next save.
 """
 
@@ -41,6 +42,8 @@ RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "divided-bf16": ("cp2-do", "llama", ("model.dtype=bfloat16",)),
 }
 """Name -> (layout, model, overrides)."""
+FOUR_RANKS = {"tp2pp2": ("tp2pp2-sp", "qwen3-tied", ("optim.mini_batches=2",))}
+"""The same, trained by themselves."""
 ACCURACIES = (0.9, 0.5)
 """Held-out, after each batch before the save: a run that resumes without them would not be damped."""
 CHANGES = (
@@ -77,13 +80,14 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
 
 
 def run_learner(folder: Path, run: str, groups: ParallelGroups, layout: LayoutConfig, taught: bool) -> Learner:
-    _, model, overrides = RUNS[run]
+    _, model, overrides = (RUNS | FOUR_RANKS)[run]
     config = make_config(folder / model, overrides, layout)
     return make_learner(config, groups, folder / f"{model}-teacher" if taught else None)
 
 
 def straight(folder: Path, run: str) -> None:
-    layout = parse(RUNS[run][0])
+    layout_name, model, _ = (RUNS | FOUR_RANKS)[run]
+    layout = parse(layout_name)
     groups = initialize(layout, seed=1, timeout_s=60)
     learner = run_learner(folder, run, groups, layout, taught=True)
     for step, accuracy in enumerate(ACCURACIES):
@@ -92,7 +96,7 @@ def straight(folder: Path, run: str) -> None:
     torch.rand(3 + groups.rank)
     (folder / run).mkdir(exist_ok=True)
     torch.save(state_of(learner), folder / run / f"saved-{groups.rank}.pt")
-    save_hf(learner.model, folder / run / "hf", groups, layout, folder / RUNS[run][1])
+    save_hf(learner.model, folder / run / "hf", groups, layout, folder / model)
     saver = checkpoint.Saver(learner, folder / run / "checkpoints", CheckpointConfig())
     saver.begin(cursor=6, journal=JOURNAL)
     metrics = [learn(learner, make_batch(step)) for step in (2, 3)]
@@ -122,7 +126,7 @@ def changed(folder: Path, run: str, name: str) -> None:
 def continue_elsewhere(folder: Path, run: str, groups: ParallelGroups, layout: LayoutConfig, out: Path) -> None:
     learner = run_learner(folder, run, groups, layout, taught=False)
     assert checkpoint.load_latest(learner, folder / run / "checkpoints") == RESUMED
-    save_hf(learner.model, out, groups, layout, folder / RUNS[run][1])
+    save_hf(learner.model, out, groups, layout, folder / (RUNS | FOUR_RANKS)[run][1])
     metrics = [learn(learner, make_batch(step)) for step in (2, 3)]
     (out / "metrics.json").write_text(json.dumps(metrics))
 
@@ -208,6 +212,10 @@ def main() -> None:
     if mode == "killed":
         killed(folder, Path(sys.argv[3]), sys.argv[4])
     dist.init_process_group("gloo")
+    if mode in ("train", "continue"):
+        {"train": straight, "continue": changed}[mode](folder, *sys.argv[3:])
+        shutdown()
+        return
     for run in RUNS:
         {"straight": straight, "resumed": resumed}[mode](folder, run)
         parallel_state.destroy_model_parallel()

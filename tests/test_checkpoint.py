@@ -100,6 +100,18 @@ def test_one_process_continues_what_two_began(straight: Path, groups: ParallelGr
     _check_continued(straight, run, straight / run / "single")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_four_ranks_began_goes_on_under_four_two_and_one(folder: Path, groups: ParallelGroups) -> None:
+    run = "tp2pp2"
+    run_ranks("dist_checkpoint.py", 4, ["train", str(folder), run], timeout=200)
+    for layout, ranks in (("pp4", 4), ("dp2-do", 2)):
+        run_ranks("dist_checkpoint.py", ranks, ["continue", str(folder), run, layout], timeout=200)
+    continue_elsewhere(folder, run, groups, LayoutConfig(), folder / run / "single")
+    for out in ("pp4", "dp2-do", "single"):
+        _check_continued(folder, run, folder / run / out)
+
+
 def test_a_killed_writer_leaves_the_newest_complete_checkpoint(
     folder: Path, groups: ParallelGroups, one_step: Path, tmp_path: Path
 ) -> None:
