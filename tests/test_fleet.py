@@ -114,7 +114,7 @@ def test_two_engines_behind_the_router(engine: Engine, tmp_path: Path) -> None:
         assert router.url not in {address.url for address in read_engines(tmp_path)}
         for _ in range(4):
             assert_log_probs_match(engine.checkpoint, generate([router]), 1.0)
-        assert len(generate([router], n=2, seed=1)) == 2
+        assert len(generate([router], n=2, seeds=[1, 2])) == 2
         with pytest.raises(EngineError) as caught:
             generate([router], token="wrong")
         assert caught.value.status == 401

@@ -38,7 +38,7 @@ PATIENCE = (
     "publish.timeout_s=3000",
 )
 """A shared machine is slow, not broken."""
-_DIVERGED = re.compile(r"(not |non-?)finite", re.IGNORECASE)
+_DIVERGED = re.compile(r"(not |non-?)finite|\b(is|has) (nan|-?inf)\b", re.IGNORECASE)
 _END_TIMEOUT_S = 60.0
 
 
