@@ -58,9 +58,12 @@ test: lint ## lint, then every test that needs no GPU and no long time
 test-slow: setup ## the long tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
 
-bench: setup ## time trainer and generation against their baselines (results belong in tools/BENCHMARKS.md)
+bench: setup ## time trainer, saves and generation against their baselines (results belong in tools/BENCHMARKS.md)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_trainer.py
-	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_trainer.py --length 27
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_trainer.py --size 1m --sequences 16 --length 256
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_trainer.py --size 10m --sequences 16 --length 256 --steps 1
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_batch_sizes.py
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tools/bench_checkpoint.py
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_generation.py
 
 clean: ## remove .venv, caches and build output (runs/ is kept)

@@ -11,7 +11,17 @@ model.py            Hugging Face config -> Megatron config -> a rank's stages of
 names.py            pure: Hugging Face names <-> Megatron parameters and their shards; no megatron
 hf.py               Hugging Face checkpoints into the local shard, and back to disk
 streaming.py        whole checkpoints from one format to the other, a parameter at a time
+safetensors_writer  a checkpoint's files, tensor by tensor
+forward.py          Megatron's schedules: scoring passes and training passes
+passes.py           where those passes are, for a timeline
+optimizer.py        DDP and AdamW around the model; its step in two halves
 weights.py          master weights, moments and teacher: whole on every data rank, or divided
+learner.py          score, train, teach, probe: what loop.py calls
+targets.py          what a micro-batch's responses are held to
+scores.py           what the scoring passes find
+finite.py           numbers and norms that stop a run, or a step
+inspection.py       a learner that takes one step apart
+performance.py      what a batch's passes cost
 checkpoint.py       everything that training depends on: saved, verified, found again
 background_save.py  the files of one save, written beside training
 generators.py       the states of every random generator of a rank
