@@ -1,9 +1,11 @@
-"""The publishing plan and the digest: pure, no processes."""
+"""The publishing plan, the digest and the sender's address: no processes."""
 
+import socket
 from itertools import pairwise
 from math import prod
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from megatron_sdpo.mcore import names
 from megatron_sdpo.reshard.digest import checksum, describe, digest
 from megatron_sdpo.reshard.plan import Bucket, plan
 from megatron_sdpo.reshard.publish import probe_ids
+from megatron_sdpo.reshard.transport import own_address
 
 MODELS = [(family, tied) for family in ("llama", "qwen2", "qwen3") for tied in (False, True)]
 
@@ -167,3 +170,14 @@ def test_the_probe_is_fixed_and_in_the_vocabulary() -> None:
     assert probe_ids(104, 32) == probe_ids(104, 32)
     assert len(probe_ids(104, 32)) == 32
     assert all(0 <= i < 40 for i in probe_ids(40, 500))
+
+
+def test_a_sender_listens_where_its_engines_reach_it() -> None:
+    """On every address of this machine that something could come from, and on no other."""
+    found = [a.address for addresses in psutil.net_if_addrs().values() for a in addresses if a.family == socket.AF_INET]
+    assert "127.0.0.1" in found
+    for address in found:
+        assert own_address(f"http://{address}:31000") == address
+    assert own_address("http://localhost:31000") in ("127.0.0.1", "::1")
+    with pytest.raises(ValueError, match="names no host"):
+        own_address("31000")

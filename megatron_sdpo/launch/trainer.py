@@ -30,6 +30,7 @@ from megatron_sdpo.mcore.hf import canonical_parameters, save_hf
 from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.phases import Phases
 from megatron_sdpo.reshard.publish import Publisher
+from megatron_sdpo.reshard.transport import own_address
 from megatron_sdpo.rollout.control import EngineControl
 from megatron_sdpo.rollout.fleet import read_engines
 from megatron_sdpo.rollout.journal import Journal
@@ -228,7 +229,7 @@ def publisher_for(
         learner.groups,
         canonical_parameters(learner.model, learner.groups),
         engines,
-        config.engine.host,
+        own_address(engines[0].address.url),
         learner.log_probs,
     )
 

@@ -7,6 +7,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from datetime import timedelta
 from functools import partial
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,21 @@ _GRACE_S = 1.0
 
 class TransportError(RuntimeError):
     """A bucket did not reach every engine; the message says which engine and why."""
+
+
+def own_address(url: str) -> str:
+    """The address of this machine from which the one in ``url`` is reached: whoever is there can join a rendezvous.
+
+    Example: ``own_address("http://127.0.0.1:31000")`` is ``"127.0.0.1"``; towards another node it is the address in the
+    network between the two. Nothing is sent.
+    """
+    host = urlsplit(url).hostname
+    if host is None:
+        raise ValueError(f"{url!r} names no host")
+    family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
+        return probe.getsockname()[0]
 
 
 class StageTransport:
