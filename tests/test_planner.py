@@ -11,7 +11,7 @@ import pytest
 from megatron_sdpo.cli import layout_overrides
 from megatron_sdpo.config import Config, ConfigError, apply_overrides
 from megatron_sdpo.hf_config import read_hf_config
-from megatron_sdpo.launch.planning import PUBLISHED
+from megatron_sdpo.launch.planning import PUBLISHED, plan_words
 from megatron_sdpo.scaling import planner
 from megatron_sdpo.scaling.hardware import GPUS, gpu_of
 from megatron_sdpo.scaling.memory import held
@@ -155,6 +155,24 @@ def test_time_moves_with_what_it_is_made_of() -> None:
 def test_an_unknown_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="--gpu v100 is not known; known are a100-80gb"):
         gpu_of("v100")
+
+
+@pytest.mark.parametrize("suggest", [False, True])
+@pytest.mark.parametrize(
+    "nodes, lengths, words",
+    [
+        (0, (None, None, None), "--nodes is 0; it must be at least 1"),
+        (1, (-5, None, None), "--prompt-tokens is -5; it must be at least 1"),
+        (1, (None, 0, None), "--response-tokens is 0; it must be at least 1"),
+        (1, (None, 9000, None), "--response-tokens 9000 is beyond rollout.max_new_tokens 8192"),
+        (1, (None, None, None), "8 trainer ranks and 1 engines of 1 GPUs need 9 GPUs, but 1 nodes have 8"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(
+    nodes: int, lengths: tuple[int | None, ...], words: str, suggest: bool
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        plan_words(config_of("tp4dp2"), nodes, "h100-80gb", "Qwen3-8B", lengths, suggest)
 
 
 def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from megatron_sdpo.scaling.timing import Lengths, Reach, usual_lengths
 
 PUBLISHED = Path(megatron_sdpo.__file__ or "").parent / "data" / "architectures"
 """config.json of published models, by name."""
+_LENGTHS = ("prompt-tokens", "response-tokens", "teacher-prompt-tokens")
 MOST = 15
 """Layouts that --suggest shows."""
 
@@ -32,6 +33,14 @@ def plan_words(
     config: Config, nodes: int, gpu: str, model: str | None, lengths: tuple[int | None, ...], suggest: bool
 ) -> str:
     """What to print. ``lengths``: of prompt, response, teacher prompt; None takes the usual."""
+    for option, number in zip(("nodes", *_LENGTHS), (nodes, *lengths), strict=True):
+        if number is not None and number < 1:
+            raise ConfigError(f"--{option} is {number}; it must be at least 1")
+    if (response := lengths[1]) is not None and response > config.rollout.max_new_tokens:
+        raise ConfigError(
+            f"--response-tokens {response} is beyond rollout.max_new_tokens {config.rollout.max_new_tokens};"
+            " lower the one or raise the other"
+        )
     hf_config = read_hf_config(architecture(model, config))
     usual = usual_lengths(config)
     defaults = (usual.prompt, usual.response, usual.teacher_prompt)

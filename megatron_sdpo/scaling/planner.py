@@ -59,14 +59,7 @@ def plan(
     """ConfigError for a layout that cannot work on these nodes, whatever the memory."""
     check(config)
     check_model(config, dict(hf_config))
-    gpus = config.layout.world_size + config.engine.count * config.engine.tensor_parallel
-    there = nodes * GPUS_PER_NODE
-    if gpus > there:
-        raise ConfigError(
-            f"{config.layout.world_size} trainer ranks and {config.engine.count} engines of"
-            f" {config.engine.tensor_parallel} GPUs need {gpus} GPUs, but {nodes} nodes have {there}; set"
-            " layout.world_size or engine.count lower, or --nodes higher"
-        )
+    gpus = gpus_of(config, nodes)
     if config.layout.tensor_parallel > GPUS_PER_NODE:
         raise ConfigError(
             f"layout.tensor_parallel {config.layout.tensor_parallel} crosses nodes of {GPUS_PER_NODE} GPUs, where its"
@@ -84,6 +77,19 @@ def plan(
         time=step_time(config, hf_config, gpu, lengths, reach),
         gpus=gpus,
     )
+
+
+def gpus_of(config: Config, nodes: int) -> int:
+    """How many a run takes, whatever its layout; ConfigError where so many are not there."""
+    gpus = config.layout.world_size + config.engine.count * config.engine.tensor_parallel
+    there = nodes * GPUS_PER_NODE
+    if gpus > there:
+        raise ConfigError(
+            f"{config.layout.world_size} trainer ranks and {config.engine.count} engines of"
+            f" {config.engine.tensor_parallel} GPUs need {gpus} GPUs, but {nodes} nodes have {there}; set"
+            " layout.world_size or engine.count lower, or --nodes higher"
+        )
+    return gpus
 
 
 def _engine(config: Config, hf_config: Mapping[str, Any], gpu: Gpu, lengths: Lengths) -> EngineMemory:
@@ -130,6 +136,7 @@ def suggest(
     config: Config, hf_config: Mapping[str, Any], nodes: int, gpu: Gpu, lengths: Lengths, reach: Reach
 ) -> list[Plan]:
     """Layouts of as many trainer ranks: those that fit, the shortest step first, then the smallest others."""
+    gpus_of(config, nodes)  # no layout would help
     found = []
     for layout in _layouts(config.layout, hf_config):
         try:
