@@ -8,13 +8,9 @@ one writes is in ``RUN_DIR/replay/step-N/``.
 import dataclasses
 import json
 import math
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import torch
 
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import Config, ConfigError
@@ -100,9 +96,6 @@ def run(own_dir: RunDir) -> None:
     config = configuration.load(own_dir.config)
     request = Request(**json.loads((own_dir.path / REQUEST).read_text()))
     run_dir, step = RunDir(Path(request.run_dir)), request.step
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    torch.use_deterministic_algorithms(config.deterministic)
     watchdog = watchdog_of(config, own_dir)
     phases = Phases([watchdog])
     with phases("start"):

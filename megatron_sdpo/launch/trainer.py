@@ -123,9 +123,6 @@ class DueCheckpoints:
 def run(run_dir: RunDir) -> None:
     """Build the parts, resume, train, export."""
     config, token = configuration.load(run_dir.config), run_dir.token()
-    random.seed(config.seed)  # nobody is known to draw from these two, but a checkpoint keeps them
-    np.random.seed(config.seed)
-    torch.use_deterministic_algorithms(config.deterministic)
     watchdog = watchdog_of(config, run_dir)
     own_work, observation = OwnWork(), TrainerObservation(config, run_dir, own_rank())
     phases = Phases([watchdog, own_work, *observation.followers])
@@ -174,7 +171,10 @@ def own_rank() -> int:
 
 
 def start(config: Config) -> ParallelGroups:
-    """The ranks meet, find that they are of one mind, and take their places."""
+    """The ranks meet, find that they are of one mind, and take their places; every generator is at the seed."""
+    random.seed(config.seed)  # nobody is known to draw from these two, but a checkpoint keeps them
+    np.random.seed(config.seed)
+    torch.use_deterministic_algorithms(config.deterministic)
     parallel.start_world(COLLECTIVE_TIMEOUT_S)
     check_agreement(config)
     return parallel.initialize(config.layout, config.seed, COLLECTIVE_TIMEOUT_S)

@@ -117,24 +117,31 @@ class DividedWeights(Weights):
 
     def joined(self, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
         """On the host, in the pieces' dtype; one bucket after the other."""
+        dtype = pieces[0].dtype if pieces else torch.float32
+        whole = self._gathered(pieces, lambda bucket: torch.empty_like(bucket.grad_data, dtype=dtype), torch.Tensor.cpu)
+        return {name: whole[parameter] for name, parameter in self.named.items()}
+
+    def _gathered(
+        self,
+        pieces: Sequence[Tensor],
+        room: Callable[[Any], Tensor],
+        kept: Callable[[Tensor], Tensor] = lambda flat: flat,
+    ) -> dict[Tensor, Tensor]:
+        """Pieces -> whole tensors by parameter, each bucket into what ``room`` gives for it, ``kept`` as it says."""
         whole: dict[Tensor, Tensor] = {}
         for buffer in self._buffers:
             for bucket in buffer.buckets:
-                flat = self._gathered(bucket, buffer.data_parallel_group, pieces)
+                flat = room(bucket)
+                mine = flat.new_zeros(len(flat) // buffer.data_parallel_group.size())
+                for piece, values in zip(self._pieces, pieces, strict=True):
+                    if piece.bucket is bucket:
+                        mine[piece.place] = values.detach()
+                dist.all_gather_into_tensor(flat, mine, group=buffer.data_parallel_group)
+                flat = kept(flat)
                 for parameter in bucket.params_list:
                     start = buffer.param_index_map[parameter][0] - bucket.offset
                     whole[parameter] = flat[start : start + parameter.numel()].view(parameter.shape)
-        return {name: whole[parameter] for name, parameter in self.named.items()}
-
-    def _gathered(self, bucket: Any, group: dist.ProcessGroup, pieces: Sequence[Tensor]) -> Tensor:
-        dtype = pieces[0].dtype if pieces else torch.float32
-        flat = torch.zeros(bucket.grad_data.numel(), dtype=dtype, device=bucket.grad_data.device)
-        mine = flat.new_zeros(len(flat) // group.size())
-        for piece, values in zip(self._pieces, pieces, strict=True):
-            if piece.bucket is bucket:
-                mine[piece.place] = values.detach()
-        dist.all_gather_into_tensor(flat, mine, group=group)
-        return flat.cpu()
+        return whole
 
     def cut(self, whole: Mapping[str, Tensor]) -> list[Tensor]:
         return [piece.of(whole[piece.name]) for piece in self._pieces]
@@ -177,18 +184,7 @@ class DividedWeights(Weights):
     def copies(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """Gathered over the data ranks, which must call it together; the buffers are not touched."""
         check_shapes(weights, [piece.master for piece in self._pieces])
-        whole: dict[Tensor, Tensor] = {}
-        for buffer in self._buffers:
-            for bucket in buffer.buckets:
-                flat = torch.empty_like(bucket.param_data)
-                mine = flat.new_zeros(len(flat) // buffer.data_parallel_group.size())
-                for piece, values in zip(self._pieces, weights, strict=True):
-                    if piece.bucket is bucket:
-                        mine[piece.place] = values
-                dist.all_gather_into_tensor(flat, mine, group=buffer.data_parallel_group)
-                for parameter in bucket.params_list:
-                    start = buffer.param_index_map[parameter][0] - bucket.offset
-                    whole[parameter] = flat[start : start + parameter.numel()].view(parameter.shape)
+        whole = self._gathered(weights, lambda bucket: torch.empty_like(bucket.param_data))
         return [whole[parameter] for parameter in self.named.values()]
 
     def showing(self, copies: Sequence[Tensor]) -> AbstractContextManager[None]:
