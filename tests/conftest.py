@@ -1,4 +1,4 @@
-"""One real engine for the whole test session."""
+"""One real engine for the whole test session; models, and a process alone, for a file of tests."""
 
 import os
 import signal
@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
-from megatron_sdpo.config import Config, EngineConfig, ModelConfig, TaskConfig
+from megatron_sdpo.config import Config, EngineConfig, LayoutConfig, ModelConfig, TaskConfig
 from megatron_sdpo.rollout.fleet import Fleet
 from megatron_sdpo.types import EngineAddress
 from tests.tiny_model import write_tiny_checkpoint
+
+if TYPE_CHECKING:
+    from megatron_sdpo.mcore.groups import ParallelGroups
 
 TOKEN = "a-test-token"
 MARK = "MEGATRON_SDPO_TEST_SESSION"
@@ -66,6 +70,25 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return process.environ()
     except psutil.Error:  # gone, or somebody else's
         return {}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small models of learner_setup.py; a file that needs others has a fixture of this name."""
+    from tests.learner_setup import write_models  # loads torch and megatron
+
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator["ParallelGroups"]:
+    """This process alone."""
+    from megatron_sdpo.mcore.groups import initialize, shutdown
+
+    yield initialize(LayoutConfig(), seed=0, timeout_s=60)
+    shutdown()
 
 
 @pytest.fixture(scope="session")

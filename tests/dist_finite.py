@@ -122,7 +122,8 @@ def run_cases(folder: Path, groups: ParallelGroups, layout: LayoutConfig) -> dic
     return found
 
 
-def main() -> None:
+def main(run_cases: Callable[[Path, ParallelGroups, LayoutConfig], dict[str, str]]) -> None:
+    """folder/LAYOUT.json, case -> sentence, of each layout."""
     folder = Path(sys.argv[1])
     dist.init_process_group("gloo")
     for name in sys.argv[2:]:
@@ -135,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(run_cases)

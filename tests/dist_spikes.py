@@ -4,21 +4,17 @@ Arguments: folder layout... (see dist_learner.parse). Asserts on every rank; wri
 folder/LAYOUT.json, case -> sentence.
 """
 
-import json
-import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_sdpo.config import LayoutConfig
 from megatron_sdpo.mcore import optimizer as optim
 from megatron_sdpo.mcore.finite import SpikeError
-from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.spikes import History
 from tests.dist_checkpoint import differences, state_of
-from tests.dist_finite import same_bits, state
-from tests.dist_learner import parse
+from tests.dist_finite import main, same_bits, state
 from tests.learner_setup import learn, make_batch, make_config, make_learner
 
 EXPERTS = "qwen3_moe"
@@ -97,17 +93,5 @@ def run_cases(folder: Path, groups: ParallelGroups, layout: LayoutConfig) -> dic
     return found
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    dist.init_process_group("gloo")
-    for name in sys.argv[2:]:
-        groups = initialize(parse(name), seed=0, timeout_s=60)
-        found = run_cases(folder, groups, parse(name))
-        if groups.rank == 0:
-            (folder / f"{name}.json").write_text(json.dumps(found))
-        parallel_state.destroy_model_parallel()
-    shutdown()
-
-
 if __name__ == "__main__":
-    main()
+    main(run_cases)

@@ -22,7 +22,7 @@ def _is_fused(folder: Path, choice: Choice) -> bool:
 def test_without_the_kernel(tmp_path: Path) -> None:
     write_models(tmp_path, models={"llama": 2})
     if torch.cuda.is_available():
-        pytest.skip("the kernel may be here")
+        pytest.skip("there is a GPU, so the kernel whose absence this tests may be installed")
     assert not _is_fused(tmp_path, "auto") and not _is_fused(tmp_path, "off")
     with pytest.raises(ConfigError, match=r"install the extra apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or set layout"):
         _is_fused(tmp_path, "on")

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,29 +16,15 @@ from safetensors.torch import load_file
 from megatron_sdpo.config import ConfigError, LayoutConfig
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore import checkpoint
-from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import save_hf
 from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.mcore.model import build_model
 from tests.dist_checkpoint import CHANGES, RUNS, continue_elsewhere, differences, state_of
 from tests.launch import ROOT, run_ranks
-from tests.learner_setup import comparable, learn, make_batch, make_config, make_learner, write_models
+from tests.learner_setup import comparable, learn, make_batch, make_config, make_learner
 
 KILLED_AT = ("writing", "renaming", "deleting", "background")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    write_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ParallelGroups]:
-    """This process alone."""
-    yield initialize(LayoutConfig(), seed=0, timeout_s=60)
-    shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -4,37 +4,23 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_sdpo.config import CheckpointConfig, LayoutConfig
+from megatron_sdpo.config import CheckpointConfig
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.launch.trainer import DueCheckpoints, resumed_words
 from megatron_sdpo.mcore import checkpoint, manifest
-from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.rollout.journal import Journal
 from tests.dist_checkpoint import differences, flip, state_of
-from tests.learner_setup import learn, make_batch, make_config, make_learner, write_models
+from tests.learner_setup import learn, make_batch, make_config, make_learner
 from tests.test_journal import group
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    write_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ParallelGroups]:
-    """This process alone."""
-    yield initialize(LayoutConfig(), seed=0, timeout_s=60)
-    shutdown()
 
 
 def new_learner(folder: Path, groups: ParallelGroups, *overrides: str) -> Learner:

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from megatron_sdpo.config import ConfigError, LayoutConfig
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore import checkpoint
-from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.mcore.groups import ParallelGroups, initialize
 from megatron_sdpo.mcore.hf import load_hf
 from megatron_sdpo.mcore.model import build_model
 from megatron_sdpo.mcore.streaming import export_hf
@@ -59,13 +58,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_models(folder, models={MODEL: LAYERS})
     write_idle(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ParallelGroups]:
-    """This process alone."""
-    yield initialize(LayoutConfig(), seed=0, timeout_s=60)
-    shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from megatron_sdpo.config import LayoutConfig
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.launch.trainer import kept
 from megatron_sdpo.mcore.finite import NonFiniteError, check_scores
-from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.scores import StudentScores, TeacherScores
 from megatron_sdpo.types import Batch, decode
 from tests.dist_finite import POISON, clean_batch, run_cases, with_log_prob
@@ -49,12 +48,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights["model.embed_tokens.weight"][POISON] = math.nan
     save_file(weights, folder / "llama-poisoned" / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ParallelGroups]:
-    yield initialize(LayoutConfig(), seed=0, timeout_s=60)
-    shutdown()
 
 
 def _check(found: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
 """The learner against transformers, and every layout against one process (``tests/same_numbers.py``)."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -16,7 +16,7 @@ from megatron_sdpo import batching
 from megatron_sdpo.config import LayoutConfig
 from megatron_sdpo.guard import History
 from megatron_sdpo.loop import train
-from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import save_hf
 from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.mcore.scores import TeacherScores
@@ -32,7 +32,6 @@ from tests.learner_setup import (
     make_batch,
     make_config,
     make_learner,
-    write_models,
 )
 from tests.reference.step_naive import first_step, load
 from tests.same_numbers import TOLERANCE, check_case, check_weights, distance, metrics_of
@@ -47,20 +46,6 @@ BF16_WEIGHT_TOLERANCE = 0.25
 
 UNPADDED = ("tp2", "tp4", "pp2", "tp2pp2")
 """The others fill rows, or give a rank micro-batches without a sample, in the batches here."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("learner")
-    write_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ParallelGroups]:
-    """This process alone."""
-    yield initialize(LayoutConfig(), seed=0, timeout_s=60)
-    shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sdpo import batching
 from megatron_sdpo.chat import Chat
-from megatron_sdpo.config import Config, LayoutConfig, TeacherContextConfig
+from megatron_sdpo.config import Config, TeacherContextConfig
 from megatron_sdpo.loop import make_batch as batch_of_groups
-from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import save_hf
 from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.rollout.client import EngineClient
@@ -25,24 +25,11 @@ from megatron_sdpo.tasks import load_task
 from megatron_sdpo.tasks.minipipe import FEEDBACK_TEMPLATE, SOLUTION_TEMPLATE, TEACHER_TEMPLATE
 from megatron_sdpo.types import Attempt, Batch, EngineAddress, Group, Message, Question, Verdict
 from recipes.minipipe import BASE_MODEL
-from tests.learner_setup import VOCABULARY, learn, make_batch, make_config, make_learner, write_models
+from tests.learner_setup import VOCABULARY, learn, make_batch, make_config, make_learner
 from tests.reference.step_naive import first_step, load, steps
 
 TOLERANCE = 1e-5
 MICRO_BATCHES = "layout.tokens_per_micro_batch=64"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("objective")
-    write_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ParallelGroups]:
-    yield initialize(LayoutConfig(), seed=0, timeout_s=60)
-    shutdown()
 
 
 def _distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

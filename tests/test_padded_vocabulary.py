@@ -1,7 +1,6 @@
 """A vocabulary that the tensor ranks do not divide: its padding has no probability, no gradient, and no name."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from megatron_sdpo.divergence import entropy, sampled_log_probs, student_support
 from megatron_sdpo.fused import Head, fused_divergence
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore import checkpoint
-from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.streaming import export_hf
 from megatron_sdpo.objective import loss_of_hidden
 from megatron_sdpo.teacher import mixed_logits
@@ -92,13 +91,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_models(folder, VOCABULARY)
     run_ranks("dist_family.py", 2, [TP2, str(folder), *MODELS], timeout=200)
     return folder
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ParallelGroups]:
-    """This process alone."""
-    yield initialize(LayoutConfig(), seed=0, timeout_s=60)
-    shutdown()
 
 
 @pytest.mark.parametrize("model", MODELS)

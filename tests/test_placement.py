@@ -1,6 +1,5 @@
 """Where the teacher's weights are changes memory, and no number; and no copy of them is ever old."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron_sdpo import teacher as teacher_module
 from megatron_sdpo.config import LayoutConfig
-from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.teacher import TeacherWeights, on_host
 from tests.dist_placement import CASES, PLACEMENTS, check_case, check_never_stale
 from tests.launch import run_ranks
@@ -25,13 +24,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("placement")
     write_models(folder, models={"llama": 2, "qwen3_moe": 2})
     return folder
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ParallelGroups]:
-    """This process alone."""
-    yield initialize(LayoutConfig(), seed=0, timeout_s=60)
-    shutdown()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -134,6 +126,7 @@ def test_a_write_behind_the_copys_back_is_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: not yet run on one")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_offloaded_weights_leave_the_device_empty(dtype: torch.dtype) -> None:
     """Not yet run on a GPU: pinned host memory, at most one fp32 tensor and its average on the device at a time."""

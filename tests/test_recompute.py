@@ -1,7 +1,6 @@
 """Recomputing activations changes memory and time, and no number."""
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_sdpo.config import ConfigError, LayoutConfig
-from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.config import ConfigError
+from megatron_sdpo.mcore.groups import ParallelGroups
 from tests.launch import run_ranks
 from tests.learner_setup import make_batch, make_config, make_learner, write_models
 from tests.recompute_setup import LAYERS, SETTINGS, calls_of_training, check_same, learner_of, long_batch, two_batches
@@ -32,13 +31,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recompute")
     write_models(folder, models=LAYERS)
     return folder
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ParallelGroups]:
-    """This process alone."""
-    yield initialize(LayoutConfig(), seed=0, timeout_s=60)
-    shutdown()
 
 
 def _again(setting: str, model: str) -> tuple[str, int]:

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import LayoutConfig
 from megatron_sdpo.launch.replay_trainer import compared, found_words
 from megatron_sdpo.mcore import checkpoint
-from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.inspection import Found
 from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.tasks import load_task
@@ -19,21 +18,7 @@ from recipes.minipipe import BASE_MODEL, minipipe
 from tests.dist_checkpoint import flip
 from tests.dist_replay import check_inspection
 from tests.launch import run_ranks
-from tests.learner_setup import write_models
 from tests.test_half_runs import assert_equal_to_the_bit, group, replayed, train
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("replay")
-    write_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ParallelGroups]:
-    yield initialize(LayoutConfig(), seed=0, timeout_s=60)
-    shutdown()
 
 
 def test_taking_a_step_apart_changes_nothing(folder: Path, groups: ParallelGroups) -> None:

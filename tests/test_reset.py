@@ -1,29 +1,13 @@
 """Between trials a learner goes back to the base: to the bit what a new one would be, under every layout."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_sdpo.config import LayoutConfig
-from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.mcore.groups import ParallelGroups
 from tests.dist_reset import CASES, check_reset
 from tests.launch import run_ranks
-from tests.learner_setup import write_models
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reset")
-    write_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ParallelGroups]:
-    """This process alone."""
-    yield initialize(LayoutConfig(), seed=0, timeout_s=60)
-    shutdown()
 
 
 @pytest.mark.parametrize("case", CASES)

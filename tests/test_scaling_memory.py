@@ -1,6 +1,5 @@
 """The planner's bytes against what small models hold: tensors exactly, the peak of a training pass within 10 %."""
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from megatron_sdpo.config import Config, LayoutConfig
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore import optimizer as optim
-from megatron_sdpo.mcore.groups import ParallelGroups, initialize, shutdown
+from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.scaling.memory import layers_alive, rank_memory
 from megatron_sdpo.types import Batch, Sample
@@ -31,12 +30,6 @@ RECOMPUTE = {
     "uniform": ("layout.recompute=full",),
     "block": ("layout.recompute=full", "layout.recompute_method=block", "layout.recompute_num_layers=2"),
 }
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ParallelGroups]:
-    yield initialize(LayoutConfig(), seed=0, timeout_s=60)
-    shutdown()
 
 
 def model(path: Path, **shape: object) -> Path:
