@@ -7,6 +7,7 @@ refusal is a ``ConfigError`` with one sentence that says what was wrong and what
 ===========  ==========================================================================
 tree.py      the dataclasses: every key, its default, what it means
 training.py  those of the trainer's ranks: layout, optimizer, guards, checkpoints
+sandbox.py   those of the sandbox in which programs of the model are executed
 reading.py   overrides, JSON in and out, strictly
 checks.py    what values may be, alone and together
 ===========  ==========================================================================
@@ -14,6 +15,7 @@ checks.py    what values may be, alone and together
 
 from megatron_sdpo.config.checks import check, check_discovery
 from megatron_sdpo.config.reading import apply_overrides, fields_by_name, load, read_json, save, type_words
+from megatron_sdpo.config.sandbox import Limits, SandboxConfig
 from megatron_sdpo.config.training import (
     CheckpointConfig,
     Fp8Config,
@@ -53,12 +55,14 @@ __all__ = [
     "Fp8Kind",
     "GuardConfig",
     "LayoutConfig",
+    "Limits",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
     "PublishConfig",
     "RanksConfig",
     "RolloutConfig",
+    "SandboxConfig",
     "SpikeConfig",
     "TaskConfig",
     "TeacherConfig",

@@ -3,6 +3,7 @@
 import math
 from operator import attrgetter
 
+from megatron_sdpo.config.sandbox import SandboxConfig
 from megatron_sdpo.config.training import LayoutConfig
 from megatron_sdpo.config.tree import Config, ConfigError, DebugConfig, ObjectiveConfig, TeacherContextConfig
 
@@ -16,6 +17,7 @@ _AT_LEAST = {
         *("layout.head_chunk_tokens", "layout.overlap_bucket_elements"),
         *("engine.count", "engine.tensor_parallel", "engine.max_running_requests", "engine.max_total_tokens"),
         *("rollout.prompts_per_step", "rollout.attempts_per_prompt", "rollout.max_new_tokens"),
+        *("sandbox.workers", "sandbox.limits.processes", "sandbox.limits.source_bytes"),
         *("rollout.verify_workers", "teacher_context.max_prompt_tokens"),
         *(
             "checkpoint.every",
@@ -29,13 +31,14 @@ _AT_LEAST = {
         *("discovery.questions", "discovery.seeds", "discovery.budget", "discovery.best_of_k_samples"),
     ),
     0: (
-        *("engine.port", "rollout.max_staleness", "evaluation.every", "evaluation.temperature"),
+        *("sandbox.warm", "engine.port", "rollout.max_staleness", "evaluation.every", "evaluation.temperature"),
         *("optim.lr", "optim.warmup_steps", "optim.weight_decay", "optim.clip_grad"),
         *("fp8.high_precision_layers", "fp8.floor_limit"),
         *("objective.teacher_confidence_beta", "objective.kl_coefficient"),
     ),
 }
 _ABOVE_0 = (
+    *("sandbox.limits.cpu_s", "sandbox.limits.wall_s"),
     *("rollout.temperature", "engine.start_timeout_s", "engine.request_timeout_s", "publish.timeout_s", "optim.eps"),
     *("publish.probe_tolerance", "objective.policy_drift_clip", "objective.engine_mismatch_cap"),
     *("objective.stop_at_saturation", "objective.advantage_clip", "ranks.timeout_s", "ranks.slow_share"),
@@ -73,6 +76,7 @@ def check(config: Config) -> None:
     for key in ("name", "run_dir", "model.path", "engine.host"):
         if not attrgetter(key)(config):
             raise ConfigError(f"{key} is empty; set it")
+    _check_sandbox(config.sandbox)
     _check_layout(layout)
     _check_recompute(layout)
     _check_fp8(config)
@@ -125,6 +129,26 @@ def check(config: Config) -> None:
     _check_guard(config)
     if config.spikes.factor <= 1.0:
         raise ConfigError(f"spikes.factor is {config.spikes.factor:g}; it multiplies a usual norm, set it above 1")
+
+
+def _check_sandbox(sandbox: SandboxConfig) -> None:
+    """Refuse limits under which no program runs, and a service without an address."""
+    limits, least = sandbox.limits, {"memory_bytes": 64 * 2**20, "file_bytes": 2**16, "output_bytes": 2**10}
+    for name, size in least.items():
+        if getattr(limits, name) < size:
+            raise ConfigError(f"sandbox.limits.{name} is {getattr(limits, name)}; set it to {size} or more")
+    if limits.wall_s < limits.cpu_s:
+        raise ConfigError(
+            f"sandbox.limits.wall_s {limits.wall_s:g} ends programs before sandbox.limits.cpu_s {limits.cpu_s:g} can;"
+            " set it to several times as much, so that a busy machine changes no verdict"
+        )
+    remote = sandbox.backend == "remote"
+    if remote and not (sandbox.url and sandbox.token_file):
+        raise ConfigError(
+            "sandbox.backend=remote needs the service's address and token; set sandbox.url and .token_file"
+        )
+    if not remote and (sandbox.url or sandbox.token_file):
+        raise ConfigError("sandbox.url and .token_file name a service; set sandbox.backend=remote, or leave them out")
 
 
 def _check_layout(layout: LayoutConfig) -> None:

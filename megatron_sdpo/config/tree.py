@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_sdpo.config.sandbox import SandboxConfig
 from megatron_sdpo.config.training import (
     CheckpointConfig,
     Fp8Config,
@@ -299,6 +300,7 @@ class Config:
     task: TaskConfig
     layout: LayoutConfig = LayoutConfig()
     fp8: Fp8Config = Fp8Config()
+    sandbox: SandboxConfig = SandboxConfig()
     engine: EngineConfig = EngineConfig()
     rollout: RolloutConfig = RolloutConfig()
     teacher_context: TeacherContextConfig = TeacherContextConfig()
