@@ -1,0 +1,45 @@
+"""Programs that a model wrote, executed where they can do no harm; no torch.
+
+===============  =======================================================================================
+records.py       Program -> Outcome
+seccomp.py       the system calls that a program may make
+isolation.py     the command that makes a sandbox: bubblewrap, namespaces, what is mounted
+inside.py        the first process inside, which limits, watches and ends the program
+process.py       one sandbox from outside
+pool.py          sandboxes started ahead, and the queue of programs
+selftest.py      whether all of it holds on this machine
+service.py       the same over HTTP, for machines that cannot isolate
+remote.py        the client of the service
+===============  =======================================================================================
+
+**What is held, and by what.** Every program gets a fresh sandbox, used once: user, process, mount, network, IPC, host
+name and cgroup namespaces of its own, no capability, no new privileges, an allow-list of system calls, a read-only
+system and an empty ``/tmp``. Of the ``Limits``,
+
+* processor time: RLIMIT_CPU for each process; of all together, looked at every 20 ms, and exactly at the end;
+* clock: by the first process inside, and 10 s later by the side outside;
+* memory: RLIMIT_AS for each process; resident memory of all together, looked at every 20 ms. No control group is used,
+  so that between two looks, and in memory that is not resident, memory_bytes * processes is the firm bound;
+* processes and threads: RLIMIT_NPROC, counted in the sandbox's own user namespace;
+* files: the size of ``/tmp``, RLIMIT_FSIZE, and 2000 files;
+* output: what is beyond the limit is not read, and the program is killed.
+
+**What a program can learn** is its own text and one input. Expected answers stay outside, where they are compared. A
+program that writes success words, ends early, or changes the interpreter around it can only change what it answers.
+"""
+
+from megatron_sdpo.config.sandbox import Limits, SandboxConfig
+from megatron_sdpo.sandbox.pool import LocalSandbox
+from megatron_sdpo.sandbox.records import Outcome, OutcomeKind, Program, SandboxError
+from megatron_sdpo.sandbox.selftest import check_local
+
+__all__ = [
+    "Limits",
+    "LocalSandbox",
+    "Outcome",
+    "OutcomeKind",
+    "Program",
+    "SandboxConfig",
+    "SandboxError",
+    "check_local",
+]
