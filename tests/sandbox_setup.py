@@ -9,7 +9,7 @@ from megatron_sdpo.config.sandbox import Limits, SandboxConfig
 from megatron_sdpo.sandbox import check_local
 
 SMALL = Limits(
-    cpu_s=1.0,
+    cpu_s=0.6,
     wall_s=20.0,
     memory_bytes=256 * 1024**2,
     processes=16,

@@ -41,7 +41,7 @@ def _script(path: Path, text: str) -> str:
 
 
 def test_a_machine_without_bubblewrap_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="install the package bubblewrap.*sandbox.backend=remote"):
+    with pytest.raises(ConfigError, match=r"install the package bubblewrap.*sandbox.backend=remote"):
         check_local(replace(CONFIG, bwrap="no-such-program"))
     with pytest.raises(ConfigError, match=r"is bubblewrap 0\.6\.1; version 0\.8 or newer"):
         check_local(replace(CONFIG, bwrap=_script(tmp_path / "old", "echo bubblewrap 0.6.1")))

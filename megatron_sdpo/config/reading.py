@@ -50,6 +50,20 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     return config
 
 
+T = TypeVar("T")
+
+
+def read_section(name: str, section: T, overrides: Sequence[str]) -> T:
+    """``apply_overrides`` for one section alone, whose keys keep its name: ``sandbox.workers=4``."""
+    leaves = fields_by_name(type(section), f"{name}.")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or key not in leaves:
+            raise ConfigError(f"{override!r} sets no key of {name}; the keys are {', '.join(leaves)}")
+        section = _replace(section, key.split(".")[1:], _read(key, _literal(text), text, leaves[key][0]))
+    return section
+
+
 def _literal(text: str) -> Any:
     try:
         return json.loads(text)
@@ -98,9 +112,6 @@ def type_words(kind: Any) -> str:
     if origin is dict:
         return "a JSON object"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
-
-
-T = TypeVar("T")
 
 
 def _replace(node: T, path: Sequence[str], value: Any) -> T:

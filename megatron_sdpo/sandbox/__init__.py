@@ -10,6 +10,7 @@ pool.py          sandboxes started ahead, and the queue of programs
 selftest.py      whether all of it holds on this machine
 service.py       the same over HTTP, for machines that cannot isolate
 remote.py        the client of the service
+lending.py       which of them a task gets, and the refusal at the start of a run
 ===============  =======================================================================================
 
 **What is held, and by what.** Every program gets a fresh sandbox, used once: user, process, mount, network, IPC, host
@@ -29,8 +30,10 @@ program that writes success words, ends early, or changes the interpreter around
 """
 
 from megatron_sdpo.config.sandbox import Limits, SandboxConfig
+from megatron_sdpo.sandbox.lending import check_sandbox, lent, open_sandbox
 from megatron_sdpo.sandbox.pool import LocalSandbox
-from megatron_sdpo.sandbox.records import Outcome, OutcomeKind, Program, SandboxError
+from megatron_sdpo.sandbox.records import Outcome, OutcomeKind, Program, Sandbox, SandboxError
+from megatron_sdpo.sandbox.remote import RemoteSandbox
 from megatron_sdpo.sandbox.selftest import check_local
 
 __all__ = [
@@ -39,7 +42,12 @@ __all__ = [
     "Outcome",
     "OutcomeKind",
     "Program",
+    "RemoteSandbox",
+    "Sandbox",
     "SandboxConfig",
     "SandboxError",
     "check_local",
+    "check_sandbox",
+    "lent",
+    "open_sandbox",
 ]

@@ -156,7 +156,7 @@ def _outcome(answer: dict[str, Any], body: bytes, nonce: str, limits: Limits) ->
     status, cpu = int(answer["status"]), float(answer["cpu_s"])
     code = None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
     signal = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-    error, result = str(message.get("error", "")), message.get("result")
+    error, result = _text(message, "error"), message.get("result")
     kind: OutcomeKind = "ok"
     if answer["stopped"] is not None:
         kind = _STOPPED[answer["stopped"]]
@@ -180,6 +180,7 @@ def _outcome(answer: dict[str, Any], body: bytes, nonce: str, limits: Limits) ->
         peak_bytes=int(answer["peak_bytes"]),
         error=error,
         result=result.encode("utf-8", "surrogatepass") if isinstance(result, str) else None,
+        shown=_text(message, "shown"),
     )
 
 
@@ -191,3 +192,8 @@ def _message(said: bytes, nonce: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return message if isinstance(message, dict) else {}
+
+
+def _text(message: dict[str, Any], key: str) -> str:
+    """What is said there, as text that every encoding can carry."""
+    return str(message.get(key, "")).encode("utf-8", "replace").decode()

@@ -1,9 +1,9 @@
 """What goes into a sandbox and what comes out."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-from megatron_sdpo.config.sandbox import Limits
+from megatron_sdpo.config.sandbox import Limits, SandboxConfig
 
 OutcomeKind = Literal[
     "ok",
@@ -63,3 +63,23 @@ class Outcome:
     peak_bytes: int = 0
     error: str = ""
     result: bytes | None = None
+    shown: str = ""
+    """A returned value that is no JSON, as ``repr`` has it."""
+
+
+class Sandbox(Protocol):
+    """Where programs are executed: LocalSandbox, RemoteSandbox."""
+
+    config: SandboxConfig
+
+    def run_blocking(self, program: Program) -> tuple[Outcome, ...]:
+        """An outcome for each input, up to the first that is not "ok"; raises SandboxError when sandboxes fail."""
+        ...
+
+    async def run(self, program: Program) -> tuple[Outcome, ...]:
+        """The same for an event loop; cancelling the call ends the program."""
+        ...
+
+    def close(self) -> None:
+        """End what runs and waits."""
+        ...
