@@ -1,0 +1,150 @@
+"""Competitive-programming problems: the task file, and how rows of LiveCodeBench become it.
+
+One problem a line; ``tests`` decide the reward, ``public_tests`` are those that its statement shows::
+
+    {"id": "abc387_f", "question": "You are given ...", "starter_code": "", "function": null, "date": "2025-02-01",
+     "tests": [{"input": "3\\n1 2 3\\n", "output": "6\\n"}], "public_tests": []}
+
+A problem with a ``function`` has one JSON value a line in each input, one in each output. ``time_limit_s`` and
+``memory_bytes`` may stand in a line; otherwise the sandbox's limits hold.
+"""
+
+import base64
+import datetime
+import io
+import json
+import pickle
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from megatron_sdpo.config import ConfigError
+
+FILE = "problems.jsonl"
+"""The task file in a folder."""
+
+
+class Case(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a program reads, and what it should print or return."""
+
+    input: str
+    output: str
+
+
+class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One line of the task file."""
+
+    id: str
+    question: str
+    tests: tuple[Case, ...]
+    public_tests: tuple[Case, ...] = ()
+    function: str | None = None
+    starter_code: str = ""
+    date: str = ""
+    time_limit_s: float | None = None
+    memory_bytes: int | None = None
+
+
+def read_problems(path: str | Path) -> tuple[Problem, ...]:
+    """All problems of a task file, or of a folder's ``problems.jsonl``; a bad line raises ConfigError."""
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    problems: dict[str, Problem] = {}
+    for problem in _lines(path, lambda line: _checked(msgspec.json.decode(line, type=Problem))):
+        if problem.id in problems:
+            raise ConfigError(f"{path} has the problem {problem.id!r} twice; remove one")
+        problems[problem.id] = problem
+    return tuple(problems.values())
+
+
+T = TypeVar("T")
+
+
+def _lines(path: Path, read: Callable[[bytes], T]) -> Iterator[T]:
+    try:
+        with path.open("rb") as file:
+            lines = 0
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        yield read(line)
+                    except (ConfigError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+                        raise ConfigError(f"{path}, line {number}: {error}") from error
+                    lines += 1
+    except OSError as error:
+        raise ConfigError(f"cannot read the problems file {path}: {error.strerror}") from error
+    if not lines:
+        raise ConfigError(f"the problems file {path} is empty; make it with tools/prepare_livecodebench.py")
+
+
+def _checked(problem: Problem) -> Problem:
+    if not problem.id or not problem.question.strip():
+        raise ConfigError("the id or the question is empty")
+    if not problem.tests:
+        raise ConfigError(f"the problem {problem.id!r} has no tests")
+    for limit in (problem.time_limit_s, problem.memory_bytes):
+        if limit is not None and limit <= 0:
+            raise ConfigError(f"a limit of the problem {problem.id!r} is {limit}; it must be above 0")
+    if problem.function is not None:
+        for test in (*problem.tests, *problem.public_tests):
+            try:
+                json.loads(test.output)
+                list(map(json.loads, test.input.split("\n")))
+            except ValueError as error:
+                raise ConfigError(f"a test of the function problem {problem.id!r} is not JSON: {error}") from error
+    return problem
+
+
+def half_of_tests(problem: Problem) -> tuple[int, ...]:
+    """The places of a random half of a problem's tests, at least one; the same in every run and for every file."""
+    count = len(problem.tests)
+    return tuple(sorted(random.Random(f"half of {problem.id}").sample(range(count), max(1, count // 2))))
+
+
+# --- rows of LiveCodeBench's code_generation_lite
+
+
+def convert(path: Path, first: datetime.date | None = None, before: datetime.date | None = None) -> Iterator[Problem]:
+    """The problems of a copy of LiveCodeBench (JSON lines), of contests from ``first`` on and ``before`` a day."""
+    for problem in _lines(path, lambda line: _checked(problem_of_row(msgspec.json.decode(line, type=dict[str, Any])))):
+        day = datetime.date.fromisoformat(problem.date)
+        if (first is None or first <= day) and (before is None or day < before):
+            yield problem
+
+
+def problem_of_row(row: dict[str, Any]) -> Problem:
+    """A row as LiveCodeBench publishes it; its private tests are graded, as in the paper."""
+    try:
+        function = json.loads(row["metadata"] or "{}").get("func_name")
+        return Problem(
+            id=str(row["question_id"]),
+            question=row["question_content"],
+            tests=_tests(row["private_test_cases"]),
+            public_tests=_tests(row["public_test_cases"]),
+            function=function,
+            starter_code=row["starter_code"] or "",
+            date=datetime.datetime.fromisoformat(row["contest_date"]).date().isoformat(),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, pickle.UnpicklingError, zlib.error) as error:
+        raise ConfigError(f"not a row of LiveCodeBench: {type(error).__name__}: {error}") from error
+
+
+class _OnlyText(pickle.Unpickler):
+    """A pickle of LiveCodeBench holds one string; anything that would call something is refused."""
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
+
+
+def _tests(text: str) -> tuple[Case, ...]:
+    """JSON as it is, or pickled, compressed and in base 64."""
+    try:
+        cases = json.loads(text)
+    except ValueError:
+        packed = zlib.decompress(base64.b64decode(text, validate=True))
+        cases = json.loads(_OnlyText(io.BytesIO(packed)).load())
+    return tuple(Case(case["input"], case["output"]) for case in cases)
