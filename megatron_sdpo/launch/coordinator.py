@@ -17,6 +17,7 @@ from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.rollout.prompts import PromptStream, check_lengths
 from megatron_sdpo.rollout.sampler import Sampler
 from megatron_sdpo.rollout.wire import Handler, Kind, serve
+from megatron_sdpo.sandbox import lent
 from megatron_sdpo.tasks import load_task
 from megatron_sdpo.types import Batch, Evaluation, Task
 
@@ -54,8 +55,14 @@ class Coordinator:
 
 async def run(run_dir: RunDir) -> None:
     """Serve the trainer until this process is ended."""
-    config, token = configuration.load(run_dir.config), run_dir.token()
+    config = configuration.load(run_dir.config)
     task = load_task(config.task.name, **config.task.options)
+    with lent(task, config.sandbox):
+        await _serve(run_dir, config, task)
+
+
+async def _serve(run_dir: RunDir, config: Config, task: Task) -> None:
+    token = run_dir.token()
     tokens = Chat(config.model.path)
     questions = [*task.train_questions(), *task.eval_questions()]
     check_lengths(questions, tokens, config.rollout.max_new_tokens, config.model.max_length)

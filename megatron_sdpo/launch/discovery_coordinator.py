@@ -4,6 +4,7 @@ import asyncio
 
 from megatron_sdpo import config as configuration
 from megatron_sdpo.chat import Chat
+from megatron_sdpo.config import Config
 from megatron_sdpo.discovery import Trials
 from megatron_sdpo.discovery.progress import Console
 from megatron_sdpo.discovery.record import TrialFiles, planned
@@ -13,13 +14,21 @@ from megatron_sdpo.rollout.client import EngineClient
 from megatron_sdpo.rollout.fleet import read_address
 from megatron_sdpo.rollout.sampler import Sampler
 from megatron_sdpo.rollout.wire import serve
+from megatron_sdpo.sandbox import lent
 from megatron_sdpo.tasks import load_task
+from megatron_sdpo.types import Task
 
 
 async def run(run_dir: RunDir) -> None:
     """Serve the trainer until this process is ended."""
-    config, token = configuration.load(run_dir.config), run_dir.token()
+    config = configuration.load(run_dir.config)
     task = load_task(config.task.name, **config.task.options)
+    with lent(task, config.sandbox):
+        await _serve(run_dir, config, task)
+
+
+async def _serve(run_dir: RunDir, config: Config, task: Task) -> None:
+    token = run_dir.token()
     tokens, files = Chat(config.model.path), TrialFiles(run_dir.trials)
     questions = task.train_questions()[: config.discovery.questions]
     plan = planned(config, len(questions))

@@ -12,12 +12,14 @@ from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.rollout.fleet import check_ports
 from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.rollout.prompts import PromptStream, check_lengths
+from megatron_sdpo.sandbox import check_sandbox
 from megatron_sdpo.tasks import load_task
 from megatron_sdpo.teacher_context import check_templates
 
 
 def check_run(config: Config, must_evaluate: bool = False) -> None:
-    """Refuse a run that cannot work, with one sentence (ConfigError); reads files, starts nothing, writes nothing.
+    """Refuse a run that cannot work, with one sentence (ConfigError); reads files, writes nothing, starts nothing
+    but a sandbox where the task executes programs.
 
     ``must_evaluate``: held-out questions are needed whatever ``evaluation.every`` says.
     """
@@ -27,6 +29,8 @@ def check_run(config: Config, must_evaluate: bool = False) -> None:
     _check_teacher_length(config, model)
     check_templates(config.teacher_context)
     task = load_task(config.task.name, **config.task.options)
+    if config.debug.from_journal is None:
+        check_sandbox(task, config.sandbox)
     PromptStream(task.train_questions(), config.rollout.prompts_per_step, config.seed)
     if not task.eval_questions() and (must_evaluate or config.evaluation.every):
         hint = "" if must_evaluate else "; set evaluation.every=0"

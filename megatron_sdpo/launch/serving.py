@@ -13,6 +13,7 @@ from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.rollout.client import EngineClient
 from megatron_sdpo.rollout.fleet import Fleet
 from megatron_sdpo.rollout.sampler import Sampler
+from megatron_sdpo.sandbox import lent
 from megatron_sdpo.tasks import load_task
 from megatron_sdpo.types import Evaluation
 
@@ -20,7 +21,7 @@ from megatron_sdpo.types import Evaluation
 async def evaluate_model(config: Config) -> Evaluation:
     """Held-out scores of ``config.model`` by a fleet of its own, whose files are thrown away."""
     task = load_task(config.task.name, **config.task.options)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, lent(task, config.sandbox):
         run_dir = RunDir(Path(folder))
         run_dir.prepare(config)
         with Fleet(config, run_dir.path, run_dir.token()) as fleet:
