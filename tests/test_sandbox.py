@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from dataclasses import replace
 
 import psutil
@@ -122,6 +123,18 @@ def test_long_input_and_output_go_through(sandbox: LocalSandbox) -> None:
     assert sandbox.run_blocking(ignoring)[0].stdout == b"1\n"
 
 
+@pytest.mark.parametrize("warm", [0, 1])
+def test_programs_run_also_when_few_sandboxes_are_started_ahead(warm: int) -> None:
+    skip_without_sandbox()
+
+    async def several() -> list[bytes]:
+        with LocalSandbox(replace(CONFIG, workers=3, warm=warm)) as sandbox:
+            ran = await asyncio.gather(*(sandbox.run(Program(f"print({i})", limits=SMALL)) for i in range(6)))
+            return [outcome.stdout for (outcome,) in ran]
+
+    assert asyncio.run(several()) == [b"%d\n" % i for i in range(6)]
+
+
 def test_the_same_ends_whatever_runs_beside() -> None:
     skip_without_sandbox()
     sources = [
@@ -184,7 +197,37 @@ def test_nothing_is_left_when_it_is_closed() -> None:
     before = set(psutil.Process().children(recursive=True))
     sandbox = LocalSandbox(CONFIG)
     sandbox.run_blocking(NEIGHBOUR)
+    sleepers = [threading.Thread(target=_cancelled, args=(sandbox,)) for _ in range(4)]  # two run, two wait
+    for sleeper in sleepers:
+        sleeper.start()
+    time.sleep(1.0)
     children = [child for child in psutil.Process().children(recursive=True) if child not in before]
     assert len(children) >= CONFIG.warm
+    started = time.monotonic()
     sandbox.close()
+    for sleeper in sleepers:
+        sleeper.join()
+    assert time.monotonic() - started < 10
     assert not psutil.wait_procs(children, timeout=5)[1]
+
+
+def test_sandboxes_that_are_ended_while_they_start_leave_nothing() -> None:
+    skip_without_sandbox()
+    before = set(psutil.Process().children(recursive=True))
+    orphans_before, started = _orphans(), time.monotonic()
+    for pause in (0.0, 0.002, 0.005, 0.01, 0.02):
+        sandbox = LocalSandbox(replace(CONFIG, warm=3))
+        time.sleep(pause)
+        sandbox.close()
+    assert time.monotonic() - started < 30
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert not psutil.wait_procs(_orphans() - orphans_before, timeout=10)[1]
+
+
+def _orphans() -> set[psutil.Process]:
+    return {p for p in psutil.process_iter(["name", "ppid"]) if (p.info["name"], p.info["ppid"]) == ("bwrap", 1)}
+
+
+def _cancelled(sandbox: LocalSandbox) -> None:
+    with pytest.raises(CancelledError):
+        sandbox.run_blocking(Program("import time\ntime.sleep(19)", limits=SMALL))

@@ -60,14 +60,15 @@ def test_a_machine_that_forbids_namespaces_is_refused_with_what_bubblewrap_said(
 def test_a_sandbox_that_isolates_nothing_is_refused() -> None:
     """A bubblewrap that merely starts the program: every fact of the self-test is then wrong."""
     tmp = Path("/tmp") / f"bwrap-of-a-test-{os.getpid()}"
-    text = (
-        '[ "$1" = --version ] && echo bubblewrap 0.9.0 && exit\nwhile [ "$1" != -- ]; do shift; done; shift; exec "$@"'
-    )
+    script = Path(f"{tmp}.py")
+    find = 'while [ "$1" != -- ]; do [ "$1" = --ro-bind-data ] && inside=$2; shift; done'
+    text = f'{VERSION}\n{find}\ncat /proc/self/fd/$inside >{script}\nexec "$2" "$3" "$4" "$5" {script}'
     try:
         with pytest.raises(ConfigError, match=r"does not hold on this machine \(user is .*no network is False"):
             check_local(replace(CONFIG, bwrap=_script(tmp, text), python="/usr/bin/python3", packages=()))
     finally:
         tmp.unlink()
+        script.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(

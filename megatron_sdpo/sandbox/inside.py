@@ -1,8 +1,8 @@
 """The first process inside a sandbox: it executes a program on one input after another and says how each ended.
 
-This text is given to ``python -c``, so it imports nothing but the standard library. It speaks with pool.py's side
-over standard input and output in frames: the length of a JSON header (4 bytes), the header, then bytes whose lengths
-the header holds. It says ``ready``, reads the program once, then an input, answers, reads the next.
+It is started as a script where nothing else of this package is, so it imports the standard library alone. It speaks
+with process.py over standard input and output in frames: the length of a JSON header (4 bytes), the header, then
+bytes whose lengths the header holds. It says ``ready``, reads the program once, then an input, answers, reads the next.
 
 Every execution is a fork: the child takes its limits upon itself and becomes the program; this process reads what it
 prints, watches the clock, the processor time and the memory of everything that the child started, and in the end kills
@@ -386,6 +386,7 @@ def set_dumpable(value: int) -> None:
 
 def main() -> typing.NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # process 1 has no handler, so no signal from inside reaches it
+    sys.path[0] = ""
     builtins.exit = builtins.quit = sys.exit
     exec(PRELUDE, {})
     set_dumpable(0)

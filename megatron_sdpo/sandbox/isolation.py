@@ -30,7 +30,9 @@ INSIDE_ID = 1000
 """User and group as the program sees them."""
 OLDEST_BWRAP = (0, 8)
 """The first with --disable-userns."""
+INSIDE = Path(__file__).parent / "inside.py"
 PACKAGES = "/packages"
+_SCRIPT = "/sandbox/inside.py"
 _SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/alternatives")
 _DEVICES = ("full", "null", "random", "urandom", "zero")
 
@@ -98,18 +100,19 @@ class Isolation:
     def _package_folders(self) -> list[str]:
         return list(dict.fromkeys(str(Path(source).parent) for source in self.packages.values()))
 
-    def command(self, limits: Limits, seccomp: int, text: str) -> list[str]:
-        """The command line; ``seccomp`` is the descriptor of the filter, ``text`` is inside.py."""
-        program = [self.interpreter[0], "-S", "-s", "-B", "-c", text]
+    def command(self, limits: Limits, seccomp: int, inside: int) -> list[str]:
+        """The command line; the filter and the text of inside.py are read from two descriptors."""
+        python = [self.interpreter[0], "-S", "-s", "-B"]
         if self.config.backend == "unsafe-none":
-            return program
+            return [*python, str(INSIDE)]
         mounts, moved = self._mounts()
-        return [*self._as_unprivileged(moved), self._bwrap, *self._options(limits, seccomp), *mounts, *_FINAL, *program]
+        options = [*self._options(limits), "--seccomp", str(seccomp), *mounts, "--ro-bind-data", str(inside), _SCRIPT]
+        return [*self._as_unprivileged(moved), self._bwrap, *options, *_FINAL, *python, _SCRIPT]
 
-    def _options(self, limits: Limits, seccomp: int) -> list[str]:
+    def _options(self, limits: Limits) -> list[str]:
         options = ["--unshare-user", "--unshare-all", "--disable-userns"]
         options += ["--uid", str(INSIDE_ID), "--gid", str(INSIDE_ID), "--hostname", "sandbox", "--cap-drop", "ALL"]
-        options += ["--die-with-parent", "--new-session", "--as-pid-1", "--seccomp", str(seccomp), "--clearenv"]
+        options += ["--die-with-parent", "--new-session", "--as-pid-1", "--clearenv"]
         for name, value in self.variables().items():
             options += ["--setenv", name, value]
         options += ["--dir", "/dev"]

@@ -39,10 +39,11 @@ def check_sandbox(task: object, config: SandboxConfig) -> None:
 
 @contextmanager
 def lent(task: object, config: SandboxConfig) -> Iterator[None]:
-    """While this lasts, a task that executes programs has a sandbox; nothing happens for other tasks."""
+    """While this lasts, a task that executes programs has a sandbox, tested first; nothing happens for other tasks."""
     if not isinstance(task, ExecutesPrograms):
         yield
         return
+    check_sandbox(task, config)
     sandbox = open_sandbox(config)
     try:
         task.use_sandbox(sandbox)

@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
@@ -30,6 +30,12 @@ class LocalSandbox:
         self._isolation = Isolation(config)
         self._warm = _WarmPool(lambda: SandboxProcess(self._isolation, config.limits), config.warm)
         self._workers = ThreadPoolExecutor(config.workers, thread_name_prefix="sandbox")
+        self._running: set[_Job] = set()
+
+    @property
+    def interpreter(self) -> str:
+        """The Python that executes programs, as a path here."""
+        return self._isolation.interpreter[0]
 
     def run_blocking(self, program: Program) -> Outcomes:
         """An outcome for each input, up to the first that is not "ok"; raises SandboxError when sandboxes fail."""
@@ -45,7 +51,14 @@ class LocalSandbox:
 
     def _submit(self, program: Program) -> "tuple[_Job, Future[Outcomes]]":
         job = _Job(program, self._take)
-        return job, self._workers.submit(job.run)
+        return job, self._workers.submit(self._run, job)
+
+    def _run(self, job: "_Job") -> Outcomes:
+        self._running.add(job)
+        try:
+            return job.run()
+        finally:
+            self._running.discard(job)
 
     def _take(self, limits: Limits) -> SandboxProcess:
         if limits.file_bytes != self.config.limits.file_bytes:  # the size of a folder that is there from the start
@@ -53,8 +66,11 @@ class LocalSandbox:
         return self._warm.take()
 
     def close(self) -> None:
-        """End what runs and waits."""
-        self._workers.shutdown(wait=True, cancel_futures=True)
+        """End what runs and waits: their calls raise CancelledError."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+        for job in tuple(self._running):
+            job.cancel()
+        self._workers.shutdown()
         self._warm.close()
         self._isolation.close()
 
@@ -103,7 +119,7 @@ class _Job:
                 return self._enter(source).execute(self._program, data)
             except Lost:
                 if self._cancelled:
-                    raise asyncio.CancelledError from None
+                    raise CancelledError from None
                 self._leave()
         return Outcome("lost")
 
@@ -162,6 +178,7 @@ class _WarmPool:
         """The one that was started first; raises SandboxError when none can be started."""
         with self._changed:
             self._waiting += 1
+            self._changed.notify_all()
             try:
                 self._changed.wait_for(lambda: self._ready or self._error or self._closed)
                 if self._ready:
@@ -177,5 +194,7 @@ class _WarmPool:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
+        for sandbox in self._ready:
+            sandbox.kill()
         while self._ready:
             self._ready.popleft().close()

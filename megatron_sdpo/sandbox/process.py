@@ -7,15 +7,15 @@ import socket
 import struct
 import subprocess
 import time
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from megatron_sdpo.config.sandbox import Limits
-from megatron_sdpo.sandbox.isolation import Isolation
+from megatron_sdpo.sandbox.isolation import INSIDE, Isolation
 from megatron_sdpo.sandbox.records import Outcome, OutcomeKind, Program, SandboxError
 from megatron_sdpo.sandbox.seccomp import filter_program
 
-INSIDE = (Path(__file__).parent / "inside.py").read_text()
+_INSIDE = INSIDE.read_bytes()
 START_S = 60.0
 """A sandbox that has not said by then that it is ready does not work."""
 GRACE_S = 10.0
@@ -41,20 +41,18 @@ class SandboxProcess:
     def __init__(self, isolation: Isolation, limits: Limits) -> None:
         self.limits = limits
         self.spent = False
-        self._ready = False
+        self._ready = self._killed = False
         self._most_bytes = 0
         ours, theirs = socket.socketpair()
-        filter_read, filter_write = os.pipe()
+        contained = isolation.config.backend == "bubblewrap"
+        given = [_readable(data) for data in (filter_program(), _INSIDE)] if contained else [-1, -1]
         try:
-            os.write(filter_write, filter_program())
-            os.close(filter_write)
-            contained = isolation.config.backend == "bubblewrap"
             self._process = subprocess.Popen(
-                isolation.command(limits, filter_read, INSIDE),
+                isolation.command(limits, *given),
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
                 stderr=subprocess.PIPE,
-                pass_fds=(filter_read,) if contained else (),
+                pass_fds=given if contained else (),
                 cwd="/",
                 env={"PATH": os.environ.get("PATH", os.defpath)} if contained else isolation.variables(),
                 start_new_session=True,
@@ -64,7 +62,8 @@ class SandboxProcess:
             raise SandboxError(f"no sandbox could be started: {error}") from error
         finally:
             theirs.close()
-            os.close(filter_read)
+            for descriptor in given if contained else ():
+                os.close(descriptor)
         self._socket = ours
 
     def wait_ready(self) -> None:
@@ -74,6 +73,8 @@ class SandboxProcess:
         try:
             self._read(time.monotonic() + START_S)
         except Lost:
+            if self._killed:
+                raise
             self.kill()
             assert self._process.stderr is not None
             said = self._process.stderr.read(2000).decode(errors="replace").strip()
@@ -137,15 +138,37 @@ class SandboxProcess:
 
     def kill(self) -> None:
         """End everything in it. May be called at any time, from any thread, and again."""
-        self._process.kill()  # bubblewrap's first process dies with it, and all others with that one
+        self._killed = True
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        if self._ready:
+            self._process.kill()  # the first process inside dies with bubblewrap, and all others with that one
+        # one that is still starting must not lose bubblewrap half-way, which would leave its child waiting for ever;
+        # it ends by itself as soon as it finds nobody to be ready for
 
     def close(self) -> None:
         """``kill``, and give back what it held here."""
         self.kill()
+        try:
+            self._process.wait(START_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self._socket.close()
-        self._process.wait()
         assert self._process.stderr is not None
         self._process.stderr.close()
+
+
+def _readable(data: bytes) -> int:
+    """A descriptor from which data can be read; it must be short enough for a pipe to hold."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    try:
+        if os.write(writing, data) < len(data):
+            raise SandboxError("no sandbox could be started: a pipe is too small")
+    finally:
+        os.close(writing)
+    return reading
 
 
 def _outcome(answer: dict[str, Any], body: bytes, nonce: str, limits: Limits) -> Outcome:

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 import urllib.parse
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -84,7 +84,7 @@ class RemoteSandbox:
             except (OSError, http.client.HTTPException, msgspec.MsgspecError) as error:
                 problem = f"{type(error).__name__}: {error}"
             if call.cancelled:
-                raise asyncio.CancelledError
+                raise CancelledError
         raise SandboxError(f"the sandbox service at {self.config.url} executed no program: {problem}")
 
     def close(self) -> None:
