@@ -35,7 +35,7 @@ def test_settings_that_cannot_be_are_refused(overrides: Sequence[str], sentence:
 
 
 def _script(path: Path, text: str) -> str:
-    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.write_text(f"#!/bin/bash\n{text}\n")
     path.chmod(0o755)
     return str(path)
 
@@ -62,7 +62,7 @@ def test_a_sandbox_that_isolates_nothing_is_refused() -> None:
     tmp = Path("/tmp") / f"bwrap-of-a-test-{os.getpid()}"
     script = Path(f"{tmp}.py")
     find = 'while [ "$1" != -- ]; do [ "$1" = --ro-bind-data ] && inside=$2; shift; done'
-    text = f'{VERSION}\n{find}\ncat /proc/self/fd/$inside >{script}\nexec "$2" "$3" "$4" "$5" {script}'
+    text = f'{VERSION}\n{find}\ncat <&$inside >{script}\nexec "$2" "$3" "$4" "$5" {script}'
     try:
         with pytest.raises(ConfigError, match=r"does not hold on this machine \(user is .*no network is False"):
             check_local(replace(CONFIG, bwrap=_script(tmp, text), python="/usr/bin/python3", packages=()))
