@@ -35,9 +35,7 @@ NAMES = (
     *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "itertools"),
     *("functools", "operator", "io", "sys", "json", "builtins", "typing"),
 )
-PRELUDE = (
-    "".join(f"from {name} import *\n" for name in NAMES) + f"import {', '.join(NAMES)}\nsys.setrecursionlimit(50000)"
-)
+PRELUDE: dict[str, typing.Any] = {}
 """The names that LiveCodeBench gives to every program; loaded before a program comes."""
 
 Record = typing.Dict[str, typing.Any]  # noqa: UP006 (the interpreter inside may be older)
@@ -141,9 +139,9 @@ def take_limits(limits: Record) -> None:
 
 def run(function: str | None, source: bytes, data: bytes) -> Record:
     module = types.ModuleType("__main__")
-    module.__file__ = FILE
     namespace = module.__dict__
-    exec(PRELUDE, namespace)
+    namespace.update(PRELUDE, __name__="__main__", __file__=FILE)
+    sys.setrecursionlimit(50000)
     sys.modules["__main__"] = module
     sys.argv = [FILE]
     try:
@@ -388,7 +386,7 @@ def main() -> typing.NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # process 1 has no handler, so no signal from inside reaches it
     sys.path[0] = ""
     builtins.exit = builtins.quit = sys.exit
-    exec(PRELUDE, {})
+    exec("".join(f"from {name} import *\n" for name in NAMES) + f"import {', '.join(NAMES)}", PRELUDE)
     set_dumpable(0)
     nowhere = os.open("/dev/null", os.O_WRONLY)
     os.dup2(nowhere, 2)

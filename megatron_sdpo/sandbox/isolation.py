@@ -32,13 +32,18 @@ OLDEST_BWRAP = (0, 8)
 """The first with --disable-userns."""
 INSIDE = Path(__file__).parent / "inside.py"
 PACKAGES = "/packages"
-_SCRIPT = "/sandbox/inside.py"
+_SCRIPT = "/sandbox/inside.pyc"
 _SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/alternatives")
 _DEVICES = ("full", "null", "random", "urandom", "zero")
 
 _FIND_PYTHON = (
     "import sys; print(sys.executable, sys.base_prefix, sys.base_exec_prefix, *sys.version_info[:2], sep='\\n')"
 )
+_COMPILE = """
+import importlib.util, marshal, sys
+code = compile(sys.stdin.buffer.read(), "inside.py", "exec")
+sys.stdout.buffer.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
+"""
 
 
 @dataclass
@@ -67,6 +72,12 @@ class Isolation:
         if tuple(map(int, version)) < (3, 9):
             raise ConfigError(f"sandbox.python {python} is Python {'.'.join(version)}; set it to 3.9 or newer")
         return os.path.realpath(executable), tuple(dict.fromkeys((prefix, exec_prefix)))
+
+    @cached_property
+    def script(self) -> bytes:
+        """inside.py as byte code of the interpreter, which thousands of sandboxes then need not compile."""
+        command = [self.interpreter[0], "-S", "-c", _COMPILE]
+        return subprocess.run(command, input=INSIDE.read_bytes(), capture_output=True, timeout=60, check=True).stdout
 
     @cached_property
     def packages(self) -> dict[str, str]:
@@ -101,7 +112,7 @@ class Isolation:
         return list(dict.fromkeys(str(Path(source).parent) for source in self.packages.values()))
 
     def command(self, limits: Limits, seccomp: int, inside: int) -> list[str]:
-        """The command line; the filter and the text of inside.py are read from two descriptors."""
+        """The command line; the filter and the byte code of inside.py are read from two descriptors."""
         python = [self.interpreter[0], "-S", "-s", "-B"]
         if self.config.backend == "unsafe-none":
             return [*python, str(INSIDE)]

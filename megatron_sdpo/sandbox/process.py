@@ -11,11 +11,10 @@ from contextlib import suppress
 from typing import Any
 
 from megatron_sdpo.config.sandbox import Limits
-from megatron_sdpo.sandbox.isolation import INSIDE, Isolation
+from megatron_sdpo.sandbox.isolation import Isolation
 from megatron_sdpo.sandbox.records import Outcome, OutcomeKind, Program, SandboxError
 from megatron_sdpo.sandbox.seccomp import filter_program
 
-_INSIDE = INSIDE.read_bytes()
 START_S = 60.0
 """A sandbox that has not said by then that it is ready does not work."""
 GRACE_S = 10.0
@@ -45,7 +44,7 @@ class SandboxProcess:
         self._most_bytes = 0
         ours, theirs = socket.socketpair()
         contained = isolation.config.backend == "bubblewrap"
-        given = [_readable(data) for data in (filter_program(), _INSIDE)] if contained else [-1, -1]
+        given = [_readable(data) for data in (filter_program(), isolation.script)] if contained else [-1, -1]
         try:
             self._process = subprocess.Popen(
                 isolation.command(limits, *given),
