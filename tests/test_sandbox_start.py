@@ -97,13 +97,18 @@ def test_unsafe_is_said_aloud_and_still_limits(caplog: pytest.LogCaptureFixture)
         assert kinds == ["time_limit", "memory_limit", "output_limit", "syntax_error", "runtime_error"]
 
 
-def test_sandboxes_that_stop_working_are_no_verdict() -> None:
+@pytest.mark.parametrize(
+    ("interpreter", "words"), [(("/bin/false", ()), "no sandbox could be started"), ((), "index out of range")]
+)
+def test_sandboxes_that_stop_working_are_no_verdict(interpreter: tuple[object, ...], words: str) -> None:
     with LocalSandbox(replace(CONFIG, backend="unsafe-none", warm=1)) as sandbox:
-        assert sandbox.run_blocking(Program("print(1)"))[0].kind == "ok"
-        sandbox._isolation.interpreter = ("/bin/false", ())
-        with pytest.raises(SandboxError, match="no sandbox could be started"):
-            for _ in range(3):  # those started ahead still work
-                sandbox.run_blocking(Program("print(1)"))
+        program = Program("print(1)", limits=CONFIG.limits)
+        assert sandbox.run_blocking(program)[0].kind == "ok"
+        sandbox._isolation.interpreter = interpreter  # pyright: ignore[reportAttributeAccessIssue]
+        for _ in range(2):  # every time, not only the first
+            with pytest.raises(SandboxError, match=words):
+                for _ in range(4):  # those started ahead still work
+                    sandbox.run_blocking(program)
 
 
 def _decide(machine: str, number: int, arguments: Sequence[int] = (0, 0), architecture: int = 0) -> int:

@@ -53,9 +53,11 @@ class Isolation:
     config: SandboxConfig
 
     def __post_init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="sandbox-")
         if self.config.backend == "bubblewrap":
             self._bwrap = _find_bwrap(self.config.bwrap)
+        _ = self.interpreter, self.packages, self.script  # what cannot be found is refused here
+        self._folder = tempfile.TemporaryDirectory(prefix="sandbox-")
+        if self.config.backend == "bubblewrap" and os.geteuid() == 0:
             self._find_helpers()
 
     @cached_property
@@ -77,7 +79,11 @@ class Isolation:
     def script(self) -> bytes:
         """inside.py as byte code of the interpreter, which thousands of sandboxes then need not compile."""
         command = [self.interpreter[0], "-S", "-c", _COMPILE]
-        return subprocess.run(command, input=INSIDE.read_bytes(), capture_output=True, timeout=60, check=True).stdout
+        done = subprocess.run(command, input=INSIDE.read_bytes(), capture_output=True, timeout=60)
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip()[-200:]
+            raise ConfigError(f"sandbox.python {command[0]} cannot read this package's own code: {said}")
+        return done.stdout
 
     @cached_property
     def packages(self) -> dict[str, str]:
@@ -149,8 +155,6 @@ class Isolation:
         return options, moved
 
     def _find_helpers(self) -> None:
-        if os.geteuid() != 0:
-            return
         os.chmod(self._folder.name, 0o755)
         _, moved = self._mounts()
         for source, place in moved.items():

@@ -150,7 +150,7 @@ class _WarmPool:
         self._start, self._size = start, size
         self._changed = threading.Condition()
         self._ready: deque[SandboxProcess] = deque()
-        self._error: SandboxError | None = None
+        self._error: Exception | None = None
         self._waiting = 0
         self._closed = False
         self._thread = threading.Thread(target=self._keep, name="sandbox-start", daemon=True)
@@ -164,7 +164,7 @@ class _WarmPool:
                     return
             try:
                 started = self._start()
-            except SandboxError as error:
+            except Exception as error:  # whoever waits for a sandbox must be told, whatever it was
                 with self._changed:
                     self._error = error
                     self._changed.notify_all()
@@ -184,7 +184,7 @@ class _WarmPool:
                 if self._ready:
                     return self._ready.popleft()
                 error, self._error = self._error, None  # the next one tries again
-                raise error or SandboxError("the sandbox is closed")
+                raise SandboxError(str(error or "the sandbox is closed")) from error
             finally:
                 self._waiting -= 1
                 self._changed.notify_all()
