@@ -16,7 +16,10 @@ import msgspec
 from megatron_sdpo.config import ConfigError
 from megatron_sdpo.types import Task
 
-TASKS = {"minipipe": "megatron_sdpo.tasks.minipipe:MiniPipe"}
+TASKS = {
+    "minipipe": "megatron_sdpo.tasks.minipipe:MiniPipe",
+    "sciknoweval": "megatron_sdpo.tasks.sciknoweval:SciKnowEval",
+}
 """Name -> where the class is. A module is imported only when its task is asked for."""
 
 _METHODS = ("train_questions", "eval_questions", "verify")
