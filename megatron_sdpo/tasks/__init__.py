@@ -18,6 +18,7 @@ from megatron_sdpo.types import Task
 
 TASKS = {
     "minipipe": "megatron_sdpo.tasks.minipipe:MiniPipe",
+    "maths": "megatron_sdpo.tasks.maths:Maths",
     "sciknoweval": "megatron_sdpo.tasks.sciknoweval:SciKnowEval",
     "tooluse": "megatron_sdpo.tasks.tooluse:ToolUse",
 }

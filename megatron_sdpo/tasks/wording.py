@@ -18,6 +18,11 @@ def shortened(text: str, limit: int = QUOTED_CHARACTERS) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def inline(text: str, limit: int = QUOTED_CHARACTERS) -> str:
+    """As ``quoted``, without escapes: LaTeX stays what it is, and runs of space become one."""
+    return f'"{" ".join(shortened(text, limit).split())}"'
+
+
 def as_json(value: Any, limit: int = QUOTED_CHARACTERS) -> str:
     """A JSON value as text, shortened."""
     return shortened(json.dumps(value, ensure_ascii=False), limit)
