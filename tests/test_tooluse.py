@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from megatron_sdpo.config import ConfigError
 from megatron_sdpo.tasks import load_task
-from megatron_sdpo.tasks.toolcalls import DEEPEST, Call, parse_calls, same
+from megatron_sdpo.tasks.toolcalls import DEEPEST, MOST_CALLS, Call, parse_calls, same
 from megatron_sdpo.tasks.tooldocs import Parameter, documented_tools
-from megatron_sdpo.tasks.tooluse import MOST_PROBLEMS, NO_CALL, WRONG_ORDER, ToolUse
+from megatron_sdpo.tasks.tooluse import MOST_PROBLEMS, NO_CALL, TOO_MANY, WRONG_ORDER, ToolUse
 from megatron_sdpo.types import Question, Verdict
 from tests.task_data import as_response, real_data, tool_prompt, tool_row, written
 
@@ -236,9 +236,15 @@ def test_the_expected_calls_are_told_only_when_asked_for(task: ToolUse, folder: 
 
 
 def test_a_long_list_of_problems_is_cut_and_counted(task: ToolUse) -> None:
-    feedback = task.verify(asked(task, 0), as_response([("nothing", {})] * 5000)).feedback
+    feedback = task.verify(asked(task, 0), as_response([("nothing", {})] * 50)).feedback
     assert feedback.count("\n") == MOST_PROBLEMS
-    assert feedback.endswith(f"There are {5001 - MOST_PROBLEMS} more problems.")
+    assert feedback.endswith(f"There are {51 - MOST_PROBLEMS} more problems.")
+
+
+def test_more_calls_than_anybody_needs_are_not_looked_at(task: ToolUse) -> None:
+    response = as_response([FIND] * MOST_CALLS)
+    assert task.verify(asked(task, 0), response).feedback.startswith('Call 2 ("findDogs") is not wanted here')
+    assert task.verify(asked(task, 0), response + as_response([FIND])) == Verdict(0.0, TOO_MANY)
 
 
 def test_what_looks_like_a_call_inside_an_input_is_not_one() -> None:
@@ -291,6 +297,7 @@ SILENT = _Silent()
     ("row", "words"),
     [
         (tool_row(0, [FIND], answer="[]"), "has no call"),
+        (tool_row(0, [FIND] * 65), "the answer has 65 calls, more than 64"),
         (tool_row(0, [FIND], answer="none"), "not a list of calls"),
         (tool_row(0, [FIND], answer='[{"Action": "a"}]'), "Action_Input"),
         (tool_row(0, [FIND], answer='[{"Action": "a", "Action_Input": "{"}]'), "Action_Input of 'a' is not valid JSON"),

@@ -15,6 +15,9 @@ from megatron_sdpo.tasks.wording import after_thinking, quoted
 DEEPEST = 64
 """Objects and lists of an input inside each other; far below where Python's own parser gives up."""
 
+MOST_CALLS = 64
+"""Calls that are looked at; the parser's words about a bad one take time in proportion to the whole text."""
+
 _MARK = re.compile(r"(?<!\w)Action(?P<input> Input)?\**[ \t]*:\**")
 _FENCE = re.compile(r"\s*(?:```(?:json)?)?\s*")
 _OPTIONAL = "[Optional]"
@@ -39,12 +42,15 @@ class Call:
 
 
 def parse_calls(text: str) -> tuple[Call, ...]:
-    """The calls of a response in their order, those with a problem too; thinking before the answer is left out."""
+    """The calls of a response in their order, those with a problem too; thinking before the answer is left out.
+
+    After more than ``MOST_CALLS`` the rest of the text is not looked at.
+    """
     text = after_thinking(text)
     calls: list[Call] = []
     name: str | None = None  # of a call whose input has not come yet
     place = 0
-    while mark := _MARK.search(text, place):
+    while len(calls) <= MOST_CALLS and (mark := _MARK.search(text, place)):
         place = mark.end()
         if not mark["input"]:
             if name is not None:

@@ -17,7 +17,7 @@ import msgspec
 
 from megatron_sdpo.tasks.dataset import DatasetTask, PromptRow, fields_of
 from megatron_sdpo.tasks.rows import RowError
-from megatron_sdpo.tasks.toolcalls import Call, bare_name, parse_calls, read_arguments, same
+from megatron_sdpo.tasks.toolcalls import MOST_CALLS, Call, bare_name, parse_calls, read_arguments, same
 from megatron_sdpo.tasks.tooldocs import KINDS, Parameter, Tool, alike, collection_name, documented_tools, kind_of
 from megatron_sdpo.tasks.wording import as_json, quoted
 from megatron_sdpo.types import Question, Verdict
@@ -28,6 +28,7 @@ MOST_PROBLEMS = 6
 NO_CALL = (
     "There is no tool call. Write a line 'Action: ' with a tool's name and a line 'Action Input: ' with a JSON object."
 )
+TOO_MANY = f"There are more than {MOST_CALLS} calls; the request does not need so many."
 WRONG_ORDER = "These are the right calls, but not in the right order."
 
 
@@ -54,6 +55,8 @@ class ToolUse(DatasetTask):
         calls = [_expected_call(call) for call in _decoded(fields.answer)]
         if not calls:
             raise RowError("the answer has no call")
+        if len(calls) > MOST_CALLS:
+            raise RowError(f"the answer has {len(calls)} calls, more than {MOST_CALLS}")
         category = fields.category or collection_name(fields.prompt) or "tools"
         return Question(id, self.messages(fields), {"calls": calls, "ordered": fields.ordered, "category": category})
 
@@ -109,6 +112,9 @@ def find_problems(calls: Sequence[Call], wanted: Sequence[_Wanted], tools: dict[
     """
     if not calls:
         yield NO_CALL
+        return
+    if len(calls) > MOST_CALLS:
+        yield TOO_MANY
         return
     left = list(wanted)
     wrong: list[tuple[int, Call]] = []
