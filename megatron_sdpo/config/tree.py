@@ -28,6 +28,8 @@ class ModelConfig:
     """Parameter and activation dtype of trainer and engine; master weights are fp32 in any case."""
     max_length: int = 8192
     """Longest sequence, prompt and response together, that trainer and engine must hold; tokens."""
+    thinking: bool = False
+    """Handed to the chat template as enable_thinking; templates without a thinking mode ignore it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -76,7 +76,7 @@ def check_engines(config: Config) -> None:
 
 
 def _read_model(config: Config) -> tuple[dict[str, Any], Chat]:
-    model, tokens = read_model_config(config), Chat(config.model.path)
+    model, tokens = read_model_config(config), Chat(config.model.path, config.model.thinking)
     if tokens.vocab_size > model["vocab_size"]:
         raise ConfigError(
             f"the tokenizer of {config.model.path} has {tokens.vocab_size} ids, its model only {model['vocab_size']}"

@@ -32,7 +32,7 @@ async def evaluate_model(config: Config) -> Evaluation:
         with Fleet(config, run_dir.path, run_dir.token()) as fleet:
             assert fleet.router is not None
             async with EngineClient([fleet.router], run_dir.token(), config.engine.request_timeout_s) as client:
-                tokens = Chat(config.model.path)
+                tokens = Chat(config.model.path, config.model.thinking)
                 sampler = Sampler(
                     client,
                     tokens,
