@@ -16,6 +16,8 @@ from megatron_sdpo.config.checks import check, check_discovery
 from megatron_sdpo.config.reading import apply_overrides, fields_by_name, load, read_json, save, type_words
 from megatron_sdpo.config.training import (
     CheckpointConfig,
+    Fp8Config,
+    Fp8Kind,
     GuardConfig,
     LayoutConfig,
     OptimConfig,
@@ -47,6 +49,8 @@ __all__ = [
     "DiscoveryConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "Fp8Config",
+    "Fp8Kind",
     "GuardConfig",
     "LayoutConfig",
     "ModelConfig",
