@@ -18,7 +18,8 @@ DEEPEST = 64
 MOST_CALLS = 64
 """Calls that are looked at; the parser's words about a bad one take time in proportion to the whole text."""
 
-_MARK = re.compile(r"(?<!\w)Action(?P<input> Input)?\**[ \t]*:\**")
+# It begins with a literal, which the engine finds fast; what may not stand before that is looked at afterwards.
+_MARK = re.compile(r"Action(?<!\wAction)(?P<input> Input)?\**[ \t]*:\**")
 _FENCE = re.compile(r"\s*(?:```(?:json)?)?\s*")
 _OPTIONAL = "[Optional]"
 
