@@ -144,7 +144,7 @@ class EvaluationRecord:
         record = {
             "model": config.model.path,
             "task": dataclasses.asdict(config.task),
-            "temperature": config.evaluation.temperature,
+            "evaluation": dataclasses.asdict(config.evaluation),
             "max_new_tokens": config.rollout.max_new_tokens,
             "interval": f"the middle {CONFIDENCE:.0%} of {RESAMPLES} resamples of the questions",
             "all": dataclasses.asdict(total),
