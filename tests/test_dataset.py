@@ -149,6 +149,14 @@ def test_lines_are_read_from_disk_not_held(tmp_path: Path) -> None:
     assert int(done.stdout) < 40  # MB
 
 
+def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
+    as_lines(tmp_path)
+    questions = load_task(NAME, data=str(tmp_path)).train_questions()
+    (tmp_path / "train.json").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"train\.json, line 3 has changed since it was checked"):
+        questions[2]
+
+
 @pytest.mark.parametrize(
     ("system", "messages"),
     [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sdpo.config import ConfigError
@@ -17,6 +17,7 @@ from megatron_sdpo.tasks.toolcalls import DEEPEST, MOST_CALLS, Call, parse_calls
 from megatron_sdpo.tasks.tooldocs import Parameter, documented_tools
 from megatron_sdpo.tasks.tooluse import MOST_PROBLEMS, NO_CALL, TOO_MANY, WRONG_ORDER, ToolUse
 from megatron_sdpo.types import Question, Verdict
+from tests.mutations import mutated
 from tests.task_data import as_response, real_data, tool_prompt, tool_row, written
 
 FIND = ("findDogs", {"breed": "Spaniel", "limit": 3, "tags": ["calm", "old"]})
@@ -261,6 +262,7 @@ JSON = st.recursive(
 CALLS = st.lists(st.tuples(st.from_regex(r"\A\w+\Z"), st.dictionaries(st.text(), JSON, max_size=4)), max_size=5)
 
 
+@settings(max_examples=50, deadline=None)
 @given(CALLS, st.integers(0, 4), st.booleans())
 def test_any_calls_are_read_back(calls: list[tuple[str, dict]], indent: int, ascii_only: bool) -> None:
     lines = []
@@ -274,6 +276,7 @@ def test_any_calls_are_read_back(calls: list[tuple[str, dict]], indent: int, asc
     assert all(same(c.arguments, arguments) for c, (_, arguments) in zip(found, calls, strict=True))
 
 
+@settings(max_examples=50, deadline=None)
 @given(CALLS.filter(bool), st.randoms(use_true_random=False))
 def test_order_of_calls_and_of_arguments_changes_nothing(calls: list[tuple[str, dict]], chance: random.Random) -> None:
     payload = [{"name": name, "arguments": arguments, "optional": False} for name, arguments in calls]
@@ -344,4 +347,7 @@ def test_the_public_file() -> None:
                 calls = [(c["Action"], arguments if i == place else c["Action_Input"]) for i, c in enumerate(answer)]
                 verdict = task.verify(question, as_response(calls))
                 assert verdict.reward == 0.0 and json.dumps(name) in verdict.feedback
+        for mutation in mutated([response], 30, seed=row["idx"]):
+            verdict = task.verify(question, mutation)
+            assert verdict.reward in (0.0, 1.0) and bool(verdict.feedback) == (verdict.reward == 0.0)
     assert by_regex == [4072, 4079]  # a nested object, a name in brackets

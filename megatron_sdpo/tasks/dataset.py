@@ -86,8 +86,14 @@ class LazyQuestions(Sequence[Question]):
 
     def __getitem__(self, index: int | slice) -> Question | tuple[Question, ...]:
         if isinstance(index, slice):
-            return tuple(self._make(place) for place in self._places[index])
-        return self._make(self._places[index])
+            return tuple(map(self._at, self._places[index]))
+        return self._at(self._places[index])
+
+    def _at(self, place: int) -> Question:
+        try:
+            return self._make(place)
+        except RowError as error:
+            raise ConfigError(f"{self._rows.where(place)} has changed since it was checked: {error}") from error
 
 
 @dataclass(kw_only=True)
