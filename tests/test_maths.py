@@ -95,7 +95,7 @@ def test_an_endless_computation_is_ended_and_the_next_answer_judged(
     monkeypatch.setattr(task, "_checker", maths_checker.Checker())
     question = task.eval_questions()[3]
     endless = task.verify(question, r"\boxed{9^{9^{9^9}}}")
-    assert endless == Verdict(0.0, r'The boxed answer "9^{9^{9^9}}" takes too long to compare; simplify it.')
+    assert endless == Verdict(0.0, r'The boxed answer "9^{9^{9^9}}" is too hard to compare; simplify it.')
     assert task.verify(question, r"\boxed{10^3}") == Verdict(1.0)
     assert task.verify(question, "\\boxed{\ud800}").reward == 0.0
     task.close()

@@ -27,7 +27,7 @@ NOT_CLOSED = r"The last \boxed{ is not closed."
 EMPTY = r"The last \boxed{} is empty."
 TOO_LONG = rf"What the last \boxed{{}} holds is longer than {LONGEST_ANSWER} characters; put only the result into it."
 UNREADABLE = "The boxed answer {answer} cannot be read as mathematics."
-TOO_HARD = "The boxed answer {answer} takes too long to compare; simplify it."
+TOO_HARD = "The boxed answer {answer} is too hard to compare; simplify it."
 WRONG = "The boxed answer {answer} was read as {read}, which is not the right result."
 
 
