@@ -286,11 +286,20 @@ def test_order_of_calls_and_of_arguments_changes_nothing(calls: list[tuple[str, 
     assert ToolUse.verify(SILENT, question, as_response(shuffled[1:])) == Verdict(0.0)
 
 
+def test_lists_may_come_in_any_order_where_the_task_says_so(task: ToolUse, folder: Path) -> None:
+    other = as_response(changed(tags=["old", "calm"]))
+    assert task.verify(asked(task, 0), other).reward == 0.0
+    free = load_task("tooluse", data=str(folder), unordered_arguments=["tags", "limit"])
+    assert free.verify(asked(task, 0), other) == Verdict(1.0)
+    assert free.verify(asked(task, 0), as_response(changed(tags=["old", "calm", "old"]))).reward == 0.0
+    assert free.verify(asked(task, 0), as_response(changed(tags=["old"]))).reward == 0.0
+
+
 class _Silent(ToolUse):
     """The verifier without data."""
 
     def __init__(self) -> None:
-        self.feedback = "none"
+        self.feedback, self.unordered_arguments = "none", ()
 
 
 SILENT = _Silent()

@@ -7,7 +7,8 @@ What looks like a call inside a JSON input is part of that input.
 import json
 import re
 import unicodedata
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_sdpo.tasks.wording import after_thinking, quoted
@@ -40,6 +41,12 @@ class Call:
     def key(self) -> str:
         """Equal for calls that mean the same: arguments in any order, 1 and 1.0, composed and decomposed accents."""
         return json.dumps([_normal(self.name), _normal(self.arguments)], sort_keys=True)
+
+    def with_sorted(self, names: Collection[str]) -> "Call":
+        """The same call with the lists under these arguments in one order, so that any order is equal."""
+        lists = {name: self.arguments[name] for name in names if isinstance(self.arguments.get(name), list)}
+        ordered = {name: sorted(values, key=_canonical) for name, values in lists.items()}
+        return replace(self, arguments={**self.arguments, **ordered}) if ordered else self
 
 
 def parse_calls(text: str) -> tuple[Call, ...]:
@@ -78,7 +85,7 @@ def bare_name(name: str) -> tuple[str, bool]:
 
 def same(one: Any, other: Any) -> bool:
     """Equality of JSON values as ``Call.key`` has it: true is not 1, and 1 is 1.0."""
-    return json.dumps(_normal(one), sort_keys=True) == json.dumps(_normal(other), sort_keys=True)
+    return _canonical(one) == _canonical(other)
 
 
 def read_arguments(text: str) -> dict[str, Any]:
@@ -149,6 +156,10 @@ def _depth(value: Any) -> int:
         ]
         depth += 1
     return depth - 1
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(_normal(value), sort_keys=True)
 
 
 def _normal(value: Any) -> Any:

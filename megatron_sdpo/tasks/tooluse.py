@@ -1,8 +1,9 @@
 """Tool use as ToolAlpaca asks for it: the right calls with the right arguments; nothing is executed.
 
 An answer is right when its calls are those of the row, each as often, with equal arguments (``toolcalls.Call.key``).
-Calls may come in any order, unless the row says ``"ordered": true``: then the API depends on it. A call that the data
-marks ``[Optional]`` may be left out.
+Calls may come in any order, unless the row says ``"ordered": true``: then the API depends on it. Arguments may stand in
+any order, the values of a list only where ``unordered_arguments`` says so. A call that the data marks ``[Optional]``
+may be left out.
 
 The feedback names what is wrong call by call: unknown tool, missing, undocumented or ill-typed argument, wrong value.
 It tells expected values only with ``feedback="expected"``, since then the teacher reads the answer.
@@ -50,6 +51,9 @@ class ToolUse(DatasetTask):
     feedback: Literal["none", "problems", "expected"] = "problems"
     """problems: what is wrong, not what would be right; expected: the right calls, too (they are the answer)."""
 
+    unordered_arguments: tuple[str, ...] = ()
+    """Names of arguments whose lists mean the same in any order, e.g. ``["categories", "tags"]``."""
+
     def question(self, id: str, row: dict[str, Any]) -> Question:
         fields = fields_of(row, ToolRow)
         calls = [_expected_call(call) for call in _decoded(fields.answer)]
@@ -62,7 +66,8 @@ class ToolUse(DatasetTask):
 
     def verify(self, question: Question, response: str) -> Verdict:
         """Reward 1 when all calls are right, else 0."""
-        calls, wanted = parse_calls(response), [_Wanted.of(call) for call in question.payload["calls"]]
+        calls = [call.with_sorted(self.unordered_arguments) for call in parse_calls(response)]
+        wanted = [_Wanted.of(call, self.unordered_arguments) for call in question.payload["calls"]]
         if is_right(calls, wanted, question.payload["ordered"]):
             return Verdict(1.0)
         if self.feedback == "none":
@@ -84,8 +89,8 @@ class _Wanted:
     optional: bool
 
     @classmethod
-    def of(cls, payload: dict[str, Any]) -> "_Wanted":
-        return cls(Call(payload["name"], payload["arguments"]), payload["optional"])
+    def of(cls, payload: dict[str, Any], unordered: Sequence[str]) -> "_Wanted":
+        return cls(Call(payload["name"], payload["arguments"]).with_sorted(unordered), payload["optional"])
 
 
 def is_right(calls: Sequence[Call], wanted: Sequence[_Wanted], ordered: bool) -> bool:
