@@ -1,5 +1,6 @@
 """MiniPipe learned on a GPU without engines, checkpoints, and memory beside the planner's."""
 
+import gc
 import statistics
 import tempfile
 import time
@@ -230,5 +231,6 @@ def memory() -> list[Finding]:
             findings.append(Finding(f"{what}: peak GiB, planned GiB", f"{peak:.2f}, {planned:.2f}"))
             findings.append(at_most(f"{what}: planned from peak, relative", abs(planned / peak - 1), 0.1))
             del learner, student, teacher
+            gc.collect()  # a learner is a ring of references
             torch.cuda.empty_cache()
     return findings
