@@ -214,6 +214,9 @@ class ObjectiveConfig:
 class PublishConfig:
     """How trained weights reach the engines."""
 
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """What carries them. auto: NCCL from GPU to GPU, gloo between CPUs. gloo on GPUs goes through host memory, for an
+    engine on the trainer's own GPU, to which NCCL does not talk."""
     bucket_bytes: int = 512 * 1024 * 1024
     """Tensors are sent in buckets of about this size."""
     probe_tokens: int = 32

@@ -135,7 +135,7 @@ def learned(name: str, config: Config) -> list[Finding]:
     scores = [row["eval/accuracy"] for row in rows.rows if "eval/accuracy" in row]
     steps = [row for row in rows.rows if "time/train" in row]
     seconds = time.perf_counter() - began
-    mismatch = [row[key] for row in steps[-4:] for key in row if key == "loss/engine_mismatch"]
+    mismatch = [row[key] for row in steps[-4:] for key in row if key == "loss/mismatch"]
     return [
         Finding(f"minipipe {name}: held-out accuracy before", scores[0]),
         at_least(f"minipipe {name}: after {len(steps)} batches", scores[-1], 0.95),
