@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 
-from megatron_sdpo.cli import layout_overrides
-from megatron_sdpo.config import Config, ConfigError, apply_overrides
+from megatron_sdpo.config import Config, ConfigError, apply_overrides, layout_name, layout_overrides
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.launch.planning import PUBLISHED, plan_words
 from megatron_sdpo.scaling import planner
 from megatron_sdpo.scaling.hardware import GPUS, gpu_of
 from megatron_sdpo.scaling.memory import held
-from megatron_sdpo.scaling.page import layout_name, page, ranking
+from megatron_sdpo.scaling.page import page, ranking
 from megatron_sdpo.scaling.timing import Lengths, Reach, kv_bytes, model_bytes
 from recipes import recipe
 from tests.public_configs import DENSE, EXPERTS

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import fields
 
-from megatron_sdpo.config import LayoutConfig
+from megatron_sdpo.config import layout_name
 from megatron_sdpo.scaling.planner import USABLE, Plan
 from megatron_sdpo.scaling.timing import Reach
 
@@ -25,20 +25,6 @@ _PHASES = {
     "exchange": "gradients, optimizer",
     "sync": "weights to engines",
 }
-
-
-def layout_name(layout: LayoutConfig) -> str:
-    """As ``--layout`` takes it. Example: ``tp8sppp4dp2do``."""
-    copies = layout.world_size // (layout.tensor_parallel * layout.pipeline_parallel * layout.context_parallel)
-    slices = f"et{layout.expert_tensor_parallel}" if layout.expert_tensor_parallel else ""
-    parts = [
-        f"tp{layout.tensor_parallel}{'sp' * layout.sequence_parallel}",
-        f"pp{layout.pipeline_parallel}" + (f"vp{layout.virtual_pipeline}" if layout.virtual_pipeline > 1 else ""),
-        f"cp{layout.context_parallel}" if layout.context_parallel > 1 else "",
-        f"ep{layout.expert_parallel}{slices}" if layout.expert_parallel > 1 else "",
-        f"dp{copies}{'do' * layout.distributed_optimizer}",
-    ]
-    return "".join(parts)
 
 
 def page(plan: Plan, nodes: int, reach: Reach, changes: Sequence[str]) -> str:
