@@ -93,11 +93,9 @@ def gpus_of(config: Config, nodes: int, sharing: Sharing = Sharing.SEPARATE) -> 
 
 
 def nodes_of(config: Config) -> int:
-    """The fewest nodes: all on one where that holds them, otherwise trainer and engines on nodes of their own."""
-    ranks, engines = config.layout.world_size, config.engine.count * config.engine.tensor_parallel
-    if ranks + engines <= GPUS_PER_NODE:
-        return 1
-    return -(-ranks // GPUS_PER_NODE) - (-engines // GPUS_PER_NODE)
+    """How many a run takes whose trainer ranks and engines share none, and whose engines cross none."""
+    engines = max(1, GPUS_PER_NODE // config.engine.tensor_parallel)
+    return -(-config.layout.world_size // GPUS_PER_NODE) - (-config.engine.count // engines)
 
 
 def _check_gpu(config: Config, gpu: Gpu) -> None:
@@ -168,7 +166,9 @@ def suggest(
         except ConfigError:
             continue
         found.append(other)
-    return sorted(found, key=lambda p: (not p.fits, p.time.total if p.fits else 0.0, p.rank.total))
+    # where generation takes longer than the trainer, the trainer's own time tells layouts apart
+    times = {id(p): (p.time.total, p.time.trainer) if p.fits else (0.0, 0.0) for p in found}
+    return sorted(found, key=lambda p: (not p.fits, *times[id(p)], p.rank.total))
 
 
 def _layouts(layout: LayoutConfig, hf_config: Mapping[str, Any]) -> Iterator[LayoutConfig]:
