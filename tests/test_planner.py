@@ -88,6 +88,17 @@ FP8 = ("fp8.student=blockwise", "fp8.teacher=blockwise")
 SEVENTY = ("Llama-3.3-70B", "tp8sppp4dp2do", 16, "engine.count=8", "engine.tensor_parallel=8")
 
 
+def test_scoring_reads_the_teachers_longer_context() -> None:
+    """Where little is kept for a backward pass, the pass over 10240 + 8192 tokens beside a copy is the peak."""
+    rank = planned("Qwen3-8B", "tp2sppp1dp4do", 2, "engine.count=8", "layout.recompute=full").rank
+    numbers = (4 * 4096 + 3 * (32 + 8) * 128 + 3 * 12288) / 2
+    assert rank.scoring == pytest.approx(18432 * 2 * numbers, rel=1e-9)
+    assert rank.activations < rank.swap
+    assert rank.total == rank.standing + rank.scores + rank.head + rank.swap + rank.scoring
+    grpo = planned("Qwen3-8B", "tp2sppp1dp4do", 2, "engine.count=8", "objective.kind=grpo").rank
+    assert grpo.scoring == pytest.approx(10240 * 2 * numbers, rel=1e-9)
+
+
 def test_fp8_keeps_copies_of_weights_and_smaller_inputs() -> None:
     plain, both = planned(*SEVENTY), planned(*SEVENTY, *FP8)
     linears = 20 * (855_654_400 - 2 * 8192) / 8  # all of a layer but its norms
@@ -136,6 +147,8 @@ def test_an_engine_without_room_for_the_longest_sequence_does_not_fit() -> None:
     assert found.rank.total <= found.room and not found.fits
     assert "set engine.tensor_parallel higher" in page(found, 4, Reach(), [])
     assert planned("Qwen3-32B", "tp8sppp1dp2do", 4, *long, "engine.tensor_parallel=2").fits
+    (line,) = planner.changes(found, architecture("Qwen3-32B"), 4, Reach())
+    assert line.startswith("engine.tensor_parallel=2 engine.count=4: ")
     with pytest.raises(ConfigError, match=r"engine.tensor_parallel 16 crosses nodes of 8 GPUs"):
         planned("Llama-3.3-70B", "tp8sppp4dp2do", 16, "engine.tensor_parallel=16")
 

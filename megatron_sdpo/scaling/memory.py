@@ -53,6 +53,8 @@ class RankMemory:
     backward pass of one layer holds for the moment, with what it computes again."""
     swap: int
     """A cast copy of the teacher while it scores; no activations are kept then."""
+    scoring: int
+    """What one layer makes for the moment of the longest row that is scored, the teacher's longer context in it."""
 
     @property
     def standing(self) -> int:
@@ -61,8 +63,9 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        constant = sum(getattr(self, f.name) for f in fields(self)) - self.activations - self.swap
-        return constant + max(self.activations, self.swap)
+        scoring = self.swap + self.scoring
+        constant = sum(getattr(self, f.name) for f in fields(self)) - self.activations - scoring
+        return constant + max(self.activations, scoring)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +174,24 @@ def rank_memory(config: Config, hf_config: Mapping[str, Any], pipeline_rank: int
         activations=activations(config, hf_config, pipeline_rank, tokens, on_cpu),
         head=max(_head(config, hf_config, tokens, on_cpu) if last else 0, _backward(config, hf_config, tokens, on_cpu)),
         swap=width * weights if copies and placement == "swapped" and width < 4 else 0,
+        scoring=_scoring(config, hf_config, on_cpu),
     )
 
 
 def row_tokens(config: Config) -> int:
     """Of the longest row of a training pass that one rank holds; a sequence beyond the budget has a row of its own."""
     return -(-max(config.layout.tokens_per_micro_batch, config.model.max_length) // config.layout.context_parallel)
+
+
+def _scoring(config: Config, hf_config: Mapping[str, Any], on_cpu: bool) -> int:
+    """Of the longest row: a layer's tensors, as if all were kept."""
+    if config.objective.kind == "next_token":
+        return 0
+    longest = max(config.layout.tokens_per_micro_batch, config.model.max_length)
+    if config.objective.has_teacher:
+        longest = max(longest, config.teacher_context.max_prompt_tokens + config.rollout.max_new_tokens)
+    whole, _ = _token_bytes(config, hf_config, range(hf_config["num_hidden_layers"]), on_cpu)
+    return round(-(-longest // config.layout.context_parallel) * whole)
 
 
 def layer_items(config: Config, hf_config: Mapping[str, Any], on_cpu: bool, fp8: bool) -> dict[str, float]:

@@ -18,6 +18,7 @@ _ITEMS = {
     "activations": "activations",
     "head": "head, or one layer's backward pass",
     "swap": "teacher's copy, instead of activations",
+    "scoring": "a layer's scoring pass, beside that copy",
 }
 _PHASES = {
     "generate": "generation",

@@ -134,6 +134,11 @@ def changes(found: Plan, hf_config: Mapping[str, Any], nodes: int, reach: Reach)
         tried["teacher.placement=offloaded"] = dataclasses.replace(
             config, teacher=dataclasses.replace(config.teacher, placement="offloaded")
         )
+    count, tensor = config.engine.count, config.engine.tensor_parallel
+    if count > 1:
+        larger = dataclasses.replace(config.engine, count=count // 2, tensor_parallel=2 * tensor)
+        words = f"engine.tensor_parallel={2 * tensor} engine.count={count // 2}"
+        tried[words] = dataclasses.replace(config, engine=larger)
     for key in ("tensor_parallel", "pipeline_parallel", "context_parallel"):
         more = 2 * getattr(layout, key)
         with_layout(f"layout.{key}={more}", **{key: more})
