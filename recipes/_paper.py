@@ -125,8 +125,8 @@ def adamw(lr: float, warmup_steps: int, questions_per_step: int) -> OptimConfig:
 
 
 def evaluation(attempts: int) -> EvaluationConfig:
-    """Every fifth batch."""
-    return EvaluationConfig(every=5, attempts=attempts, temperature=0.6)
+    """Every fifth batch, at less than the temperature of training."""
+    return EvaluationConfig(every=5, attempts=attempts, temperature=0.6, top_p=0.95)
 
 
 def publish() -> PublishConfig:

@@ -23,6 +23,7 @@ EVERY_RUN: dict[str, Any] = {
     "rollout.max_staleness": 0,
     "evaluation.every": 5,
     "evaluation.temperature": 0.6,
+    "evaluation.top_p": 0.95,
     "optim.lr_decay": "constant",
     "optim.weight_decay": 0.01,
     "optim.clip_grad": 1.0,
