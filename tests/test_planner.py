@@ -16,7 +16,15 @@ from megatron_sdpo.launch import planning
 from megatron_sdpo.launch.planning import PUBLISHED, plan_words
 from megatron_sdpo.scaling import planner
 from megatron_sdpo.scaling.assumed import Lengths, Reach
-from megatron_sdpo.scaling.engines import RESIDUE, SHARE, Sharing, engine_memory, kv_bytes, model_bytes
+from megatron_sdpo.scaling.engines import (
+    RESIDUE,
+    SHARE,
+    Sharing,
+    engine_memory,
+    generation_seconds,
+    kv_bytes,
+    model_bytes,
+)
 from megatron_sdpo.scaling.hardware import GPUS, gpu_of
 from megatron_sdpo.scaling.memory import FP8_BYTES, held
 from megatron_sdpo.scaling.page import page, ranking
@@ -139,6 +147,22 @@ def test_what_an_engine_holds() -> None:
     assert engine_memory(few, hf, H100, LENGTHS).sequences == 16
     # four key-value heads on eight GPUs: two hold the same one
     assert kv_bytes(architecture("Qwen3-30B-A3B"), 2, 8) == kv_bytes(architecture("Qwen3-30B-A3B"), 2, 4)
+
+
+def test_few_sequences_meet_few_experts() -> None:
+    """A step of one sequence reads 8 of 128 experts; 256 sequences meet all but e^-16 of them."""
+
+    def decoded(attempts: int) -> float:
+        config = config_of("tp1", "rollout.prompts_per_step=1", f"rollout.attempts_per_prompt={attempts}")
+        lengths = Lengths(1, 8192, 1)  # every response is the longest
+        return generation_seconds(config, architecture("Qwen3-30B-A3B"), H100, lengths, Reach(), attempts) / 8192
+
+    bandwidth = H100.memory_gb_s * 1e9 * Reach().memory
+    cached = kv_bytes(architecture("Qwen3-30B-A3B"), 2) * (1 + 4096)
+    experts = 48 * 128 * 3 * 2048 * 768 * 2
+    met = model_bytes(architecture("Qwen3-30B-A3B"), 2) - experts
+    assert decoded(1) == pytest.approx((met + experts / 16 + cached) / bandwidth, rel=1e-3)
+    assert decoded(256) == pytest.approx((met + experts + 256 * cached) / bandwidth, rel=1e-3)
 
 
 def test_an_engine_without_room_for_the_longest_sequence_does_not_fit() -> None:

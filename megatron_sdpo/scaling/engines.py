@@ -48,10 +48,28 @@ class EngineMemory:
 
 def model_bytes(hf_config: Mapping[str, Any], width: int) -> int:
     """Of all weights, as the checkpoint has them."""
-    counts = {True: 0, False: 0}
+    return width * sum(_weights(hf_config))
+
+
+def _weights(hf_config: Mapping[str, Any]) -> tuple[int, int]:
+    """Numbers in the weights that every token meets, and in the experts."""
+    met, experts = 0, 0
     for tensor in names.hf_layout({**hf_config, "num_hidden_layers": 1}).values():  # all layers are alike
-        counts[tensor.layer is not None] += prod(tensor.shape)
-    return width * (hf_config["num_hidden_layers"] * counts[True] + counts[False])
+        size = prod(tensor.shape) * (1 if tensor.layer is None else hf_config["num_hidden_layers"])
+        if tensor.expert is None:
+            met += size
+        else:
+            experts += size
+    return met, experts
+
+
+def _read(hf_config: Mapping[str, Any], sequences: int, width: int) -> float:
+    """Bytes of weights that a decoding step reads: of the experts those that a token of some sequence goes to."""
+    met, experts = _weights(hf_config)
+    if experts:
+        passed_by = (1 - hf_config["num_experts_per_tok"] / hf_config["num_experts"]) ** sequences
+        experts *= 1 - passed_by
+    return width * (met + experts)
 
 
 def kv_bytes(hf_config: Mapping[str, Any], width: int, tensor_parallel: int = 1) -> int:
@@ -79,7 +97,7 @@ def generation_seconds(
 ) -> float:
     """Prefill of every question once, decoding of an average response by full engines, then of the longest by few.
 
-    A decoding step reads the weights that its tokens are multiplied by and the keys and values of all sequences, or
+    A decoding step reads the weights that its tokens are multiplied by, and the keys and values of all sequences, or
     computes, whichever takes longer. ``sequences``: at once in an engine, at most.
     """
     engine, rollout, width = config.engine, config.rollout, BYTES[config.model.dtype]
@@ -92,7 +110,7 @@ def generation_seconds(
 
     def decoding(sequences: int, context: float) -> float:
         active = 2 * sequences * hf_config["num_hidden_layers"] * layer_parameters(hf_config)
-        read = model_bytes(hf_config, width) + sequences * context * cached
+        read = _read(hf_config, sequences, width) + sequences * context * cached
         return max(read / speed, active / compute)
 
     prompts = rollout.prompts_per_step
