@@ -315,6 +315,16 @@ def test_numbers_that_cannot_be_are_refused(
         plan_words(config_of("tp4dp2"), nodes, "h100-80gb", "Qwen3-8B", lengths, suggest)
 
 
+def test_a_large_recipe_is_planned_without_its_model() -> None:
+    text = plan_words(recipe("llama3.3-70b-sdpo-16n"), 16, "h100-80gb", None, (None, None, None), suggest=False)
+    lines = {line.split("  ")[1]: line.split()[-1] for line in text.splitlines() if line.startswith("  ")}
+    assert text.endswith("it fits") and "predicted, not yet compared with a run on GPUs" in text
+    assert float(lines["FP8 copies of weights"]) > 4.0
+    assert "  weights to engines: 141.11 GB to each of 8" in text.splitlines()
+    with pytest.raises(ConfigError, match="need 128 GPUs, but 8 nodes have 64"):
+        plan_words(recipe("llama3.3-70b-sdpo-16n"), 8, "h100-80gb", None, (None, None, None), suggest=False)
+
+
 def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "megatron_sdpo.cli", "plan", "minipipe"]
     done = subprocess.run([*command, "--layout=tp1"], capture_output=True, text=True, timeout=100)

@@ -20,6 +20,7 @@ from megatron_sdpo.rollout.prompts import ENGINE_RESERVE
 from megatron_sdpo.scaling import planner
 from megatron_sdpo.scaling.assumed import Reach, usual_lengths
 from megatron_sdpo.scaling.hardware import GPUS
+from megatron_sdpo.tasks import TASKS, load_task
 from recipes import Recipe, recipe, recipes
 from tests.public_configs import OLMO3
 
@@ -83,6 +84,14 @@ def test_a_model_that_is_not_there_is_refused_with_what_to_set(name: str, tmp_pa
     config = apply_overrides(config, [f"model.path={tmp_path / config.model.path}"])
     with pytest.raises(ConfigError, match=r"model\.path \S+ is not a directory; set it to a Hugging Face checkpoint"):
         check_run(config)
+
+
+@pytest.mark.parametrize("name", [name for name in AWAY if recipe(name).task.name in TASKS])
+def test_its_task_knows_its_options_and_misses_only_the_data(name: str, tmp_path: Path) -> None:
+    task = recipe(name).task
+    assert task.options["data"] == f"data/{task.name}"
+    with pytest.raises(ConfigError, match=f"{tmp_path}/{task.options['data']}"):
+        load_task(task.name, **{**task.options, "data": str(tmp_path / task.options["data"])})
 
 
 @pytest.mark.parametrize("name", AWAY)
