@@ -1,8 +1,7 @@
 """Qwen3-8B, the paper's runs: SciKnowEval, tool use and LiveCodeBench v6 by SDPO and the two GRPO baselines.
 
 Needs ``models/Qwen3-8B`` and ``data/TASK`` (``model.path``, ``task.options.data``), and two nodes of eight 80 GB GPUs:
-eight trainer ranks and eight engines. The paper had one node of four GH200; the batch is the same. On one node:
-``--layout tp4sp engine.count=4``.
+eight trainer ranks on one, eight engines on the other. The paper had one node of four GH200; the batch is the same.
 
 Thinking is switched off, as in the paper. Its numbers are the best of a run within five hours (science and tools) or 90
 generation batches (code); a recipe makes as many batches and evaluates every fifth.

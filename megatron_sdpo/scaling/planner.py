@@ -171,9 +171,12 @@ def suggest(
         except ConfigError:
             continue
         found.append(other)
-    # where generation takes longer than the trainer, the trainer's own time tells layouts apart
-    times = {id(p): (p.time.total, p.time.trainer) if p.fits else (0.0, 0.0) for p in found}
-    return sorted(found, key=lambda p: (not p.fits, *times[id(p)], p.rank.total))
+
+    def order(p: Plan) -> tuple[bool, float, float, int]:
+        # Where generation takes longer than the trainer, the trainer's own time tells layouts apart.
+        return (not p.fits, *((p.time.total, p.time.trainer) if p.fits else (0.0, 0.0)), p.rank.total)
+
+    return sorted(found, key=order)
 
 
 def _layouts(layout: LayoutConfig, hf_config: Mapping[str, Any]) -> Iterator[LayoutConfig]:
