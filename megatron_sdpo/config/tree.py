@@ -236,6 +236,8 @@ class EvaluationConfig:
     """How many of the task's held-out questions; None takes all."""
     attempts: int = 4
     temperature: float = 1.0
+    top_p: float = 1.0
+    """Sample from the most probable tokens that together have this probability; 1 from all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
