@@ -238,9 +238,12 @@ class Publisher:
 
 
 def probe_ids(vocab_size: int, length: int) -> list[int]:
-    """Fixed token ids that visit the whole vocabulary; the same for every rank, step and run."""
+    """Fixed token ids that visit the whole vocabulary but its last entry; the same for every rank, step and run.
+
+    SGLang (0.5.15 and 0.5.21) says 0 instead of that one where it gives log-probs of a prompt.
+    """
     generator = torch.Generator().manual_seed(20_260_120)
-    return torch.randint(vocab_size, (length,), generator=generator).tolist()
+    return torch.randint(vocab_size - 1, (length,), generator=generator).tolist()
 
 
 def _open(engine: EngineControl) -> None:
