@@ -192,7 +192,7 @@ def test_other_layouts_learn_too(tmp_path: Path, layout: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_emulated_fp8_learns_as_well(tmp_path: Path) -> None:
-    """Student and teacher on block-quantised numbers, tensor parallel 2, beside the same run in fp32: within 2 points."""
+    """Student and teacher on block-quantised numbers, tensor parallel 2: within 2 points of the same run in fp32."""
     scores = []
     for name, fp8 in (("fp32", ()), ("fp8", ("fp8.student=emulated", "fp8.teacher=emulated"))):
         run_dir = tmp_path / name
