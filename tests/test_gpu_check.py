@@ -1,4 +1,4 @@
-"""The runner of tools/gpu_check.py: sections apart from each other, bounds that can be broken, no GPU needed for that."""
+"""The runner of tools/gpu_check.py: sections apart from each other, broken bounds told; no GPU is needed for that."""
 
 import json
 import subprocess

@@ -222,7 +222,8 @@ class PublishConfig:
     probe_tokens: int = 32
     """Length of the fixed probe whose log-probs trainer and engine compare after every publish."""
     probe_tolerance: float = 1e-4
-    """Largest accepted difference of a probe log-prob; natural log. bf16 needs about 0.15."""
+    """Largest accepted difference of a probe log-prob; natural log. bf16 needs about 0.5: a probe of random tokens has
+    log-probs far below zero, where it is coarse (0.36 was seen between SGLang and Transformer Engine)."""
     timeout_s: float = 300.0
 
 
