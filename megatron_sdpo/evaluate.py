@@ -22,7 +22,10 @@ async def evaluate(
     """
     began = time.perf_counter()
     chosen = questions[: config.questions]
-    asked = [Asked(version, slot, q, config.attempts, config.temperature, "evaluate") for slot, q in enumerate(chosen)]
+    asked = [
+        Asked(version, slot, q, config.attempts, config.temperature, "evaluate", config.top_p)
+        for slot, q in enumerate(chosen)
+    ]
     groups, _ = await sampler.groups(asked, finished)
     rewards = [[verdict.reward for verdict in group.verdicts] for group in groups]
     tokens = [len(attempt.response_ids) for group in groups for attempt in group.attempts]

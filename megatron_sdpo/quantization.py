@@ -5,12 +5,14 @@ to numbers (``weight_scale_inv``). Rows and columns that do not fill a last bloc
 Transformer Engine's (``Float8BlockScaling`` with fp32 scales): codes are ``x * (448 / amax)``, rounded to the nearest.
 """
 
+import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 BLOCK = 128
 CODES = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -22,6 +24,15 @@ def quantized_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
 
     Example: a row ``[448.0, -1.0]`` has the scale 1.0 and itself as codes.
     """
+    if _on_kernels(x_TK):
+        from megatron_sdpo import quantization_kernels as kernels
+
+        return kernels.quantized_rows(x_TK)
+    return rows_in_torch(x_TK)
+
+
+def rows_in_torch(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """``quantized_rows`` without a kernel."""
     k = x_TK.shape[-1]
     x_TBk = F.pad(x_TK.float(), (0, -k % BLOCK)).unflatten(-1, (-1, BLOCK))
     factor_TB = _factors(x_TBk.abs().amax(-1))
@@ -31,6 +42,15 @@ def quantized_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantized_blocks(w_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Codes ``[N, K]`` and scales fp32 ``[ceil(N / 128), ceil(K / 128)]``, one for each 128 x 128 numbers."""
+    if _on_kernels(w_NK):
+        from megatron_sdpo import quantization_kernels as kernels
+
+        return kernels.quantized_blocks(w_NK)
+    return blocks_in_torch(w_NK)
+
+
+def blocks_in_torch(w_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """``quantized_blocks`` without a kernel."""
     n, k = w_NK.shape
     padded = F.pad(w_NK.float(), (0, -k % BLOCK, 0, -n % BLOCK))
     w_AnBk = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
@@ -50,9 +70,15 @@ def of_blocks(codes_NK: Tensor, scales_AB: Tensor) -> Tensor:
     return codes_NK.float() * scales_AB.repeat_interleave(BLOCK, 0)[:n].repeat_interleave(BLOCK, 1)[:, :k]
 
 
+def _on_kernels(x: Tensor) -> bool:
+    """Whether one pass over memory (quantization_kernels.py) does it: a GPU's rows, one after the other."""
+    return x.is_cuda and x.dtype != torch.float64 and x.is_contiguous() and x.numel() > 0 and _HAS_TRITON
+
+
 def _factors(amax: Tensor) -> Tensor:
     """What brings the largest number of each block to 448; 1 for a block of zeros, and never infinite."""
-    factor = (LARGEST / amax).clamp(max=torch.finfo(torch.float32).max)
+    # A division: torch makes of number / tensor a product with the reciprocal, which rounds twice.
+    factor = torch.full_like(amax, LARGEST).div_(amax).clamp_(max=torch.finfo(torch.float32).max)
     return torch.where((amax == 0) | ~amax.isfinite(), torch.ones_like(factor), factor)
 
 

@@ -3,6 +3,7 @@
 ``torch`` reads a tensor several times for a scale and its codes. Imported only where a GPU's tensor is quantised.
 """
 
+# pyright: reportIndexIssue=false, reportPrivateImportUsage=false
 import torch
 import triton
 import triton.language as tl

@@ -14,8 +14,7 @@ import psutil
 import pytest
 
 from megatron_sdpo import config as configuration
-from megatron_sdpo.cli import layout_overrides
-from megatron_sdpo.config import apply_overrides
+from megatron_sdpo.config import apply_overrides, layout_overrides
 from megatron_sdpo.launch.run_dir import RunDir
 from recipes.minipipe import BASE_MODEL, minipipe, minipipe_discovery
 

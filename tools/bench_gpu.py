@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gpu_check import check, within
 
-SECTIONS = {name: f"gpu_sections.speed:{name}" for name in ("ceilings", "quantisation", "ema", "stack")}
+SECTIONS = {name: f"gpu_sections.speed:{name}" for name in ("ceilings", "quantisation", "ema", "head", "stack")}
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Times on one GPU: an 8B model's layers in bf16 and FP8, quantisation and EMA beside a copy."""
 
+import gc
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -11,10 +12,13 @@ from torch import Tensor
 from gpu_sections.common import Finding, at_least, at_most, draw_batch, learner_of, qwen3, write_model
 from megatron_sdpo import flops, quantization
 from megatron_sdpo.batching import MicroBatch
+from megatron_sdpo.divergence import divergence
+from megatron_sdpo.fused import Head, fused_loss
 from megatron_sdpo.mcore.forward import forward_backward, score
 from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.teacher import ema_update
 from megatron_sdpo.types import Batch
+from megatron_sdpo.vocabulary import student_support, support_log_probs
 
 LAYERS = 6
 """Of Qwen3-8B's 36: what a GPU of 80 GB holds with master weights, moments, gradients and teacher."""
@@ -56,7 +60,7 @@ def quantisation() -> list[Finding]:
     findings = [Finding("copy, TB/s", copied / 1e12)]
     small = x[:1000, :3000].contiguous()
     for name in ("quantized_rows", "quantized_blocks"):
-        kernel, plain = getattr(kernels, name), getattr(quantization, name)
+        kernel, plain = getattr(kernels, name), getattr(quantization, f"{name.removeprefix('quantized_')}_in_torch")
         for numbers in (small, small.float() * 1e-3, torch.zeros_like(small)):
             (codes, scales), (wanted, wanted_scales) = kernel(numbers), plain(numbers)
             same = (codes.view(torch.uint8) == wanted.view(torch.uint8)).double().mean().item()
@@ -67,6 +71,43 @@ def quantisation() -> list[Finding]:
         findings.append(at_least(f"{name}: kernel, share of the copy's bandwidth", rate / copied, 0.6))
         slow = moved / seconds(lambda plain=plain: plain(x[:2048])) * (2048 / 16_384)
         findings.append(Finding(f"{name}: torch, share of the copy's bandwidth", slow / copied))
+    return findings
+
+
+def head() -> list[Finding]:
+    """Loss of the last layer from hidden states, forward and backward, beside the head's three products alone."""
+    t, h, v, k = 4096, 4096, 151_936, 20
+    findings = []
+    hidden = torch.randn(t, h, device="cuda").bfloat16().requires_grad_()
+    weight = (torch.randn(v, h, device="cuda") * (3 / h**0.5)).bfloat16().requires_grad_()
+    with torch.no_grad():
+        logits = hidden @ weight.t()
+        ids = student_support(logits, k)
+        teacher = support_log_probs(logits, ids, with_tail=True) - 0.1 * torch.rand(t, k + 1, device="cuda")
+        findings.append(
+            Finding("student_support of 4,096 tokens, ms", 1e3 * seconds(lambda: student_support(logits, k)))
+        )
+        walk = seconds(lambda: support_log_probs(logits, ids))
+        findings.append(Finding("support_log_probs: ms, TB/s", f"{1e3 * walk:.2f}, {logits.nbytes / walk / 1e12:.2f}"))
+        products = seconds(lambda: (hidden @ weight.t(), logits @ weight, logits.t() @ hidden))
+    for chunk in (1024, 2048, 4096):
+
+        def loss_of(logits_CV: Tensor, rows: slice) -> tuple[Tensor, None]:
+            values = divergence(logits_CV, ids[rows], teacher[rows], 0.5, overwrite=True)
+            return values.sum() / t, None
+
+        def both(chunk: int = chunk) -> None:
+            loss, _ = fused_loss(hidden, Head(weight, chunk=chunk), loss_of)
+            torch.autograd.grad(loss, (hidden, weight))
+
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        taken = seconds(both)
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+        findings.append(at_most(f"fused loss, chunks of {chunk}: of the products' time", taken / products, 1.3))
+        findings.append(
+            Finding(f"fused loss, chunks of {chunk}: ms, GiB beyond the inputs", f"{1e3 * taken:.1f}, {peak:.2f}")
+        )
     return findings
 
 
@@ -89,7 +130,7 @@ def _sum(micro_batch: MicroBatch, hidden_NH: Tensor) -> tuple[Tensor, None]:
 def stack() -> list[Finding]:
     """Qwen3-8B with fewer layers: the learner's passes, and the layers alone, in bf16 and blockwise FP8."""
     findings, times = [], {}
-    batch = draw_batch(150_000, [(512, 3584, 1024)] * 4)
+    batch = draw_batch(150_000, [(512, 3584, 1024)] * 12)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         model = write_model(Path(name) / "model", qwen3(num_hidden_layers=LAYERS), std=0.02)
         for kind in ("off", "blockwise"):
@@ -99,6 +140,7 @@ def stack() -> list[Finding]:
             times[kind] = _passes(learner, batch)
             findings += _said(learner, batch, "bf16" if kind == "off" else "FP8", times[kind])
             del learner
+            gc.collect()
             torch.cuda.empty_cache()
     for what, goal in (("layers, train", 1.25), ("layers, forward", 1.4), ("train", None), ("score_teacher", None)):
         ratio = times["off"][what] / times["blockwise"][what]
