@@ -63,7 +63,7 @@ async def run(run_dir: RunDir) -> None:
 
 async def _serve(run_dir: RunDir, config: Config, task: Task) -> None:
     token = run_dir.token()
-    tokens = Chat(config.model.path)
+    tokens = Chat(config.model.path, config.model.thinking)
     questions = [*task.train_questions(), *task.eval_questions()]
     check_lengths(questions, tokens, config.rollout.max_new_tokens, config.model.max_length)
     router = wait_for(lambda: read_address(run_dir.path, "router"), "the engines", config.engine.start_timeout_s)

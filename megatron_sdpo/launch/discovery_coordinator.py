@@ -29,7 +29,7 @@ async def run(run_dir: RunDir) -> None:
 
 async def _serve(run_dir: RunDir, config: Config, task: Task) -> None:
     token = run_dir.token()
-    tokens, files = Chat(config.model.path), TrialFiles(run_dir.trials)
+    tokens, files = Chat(config.model.path, config.model.thinking), TrialFiles(run_dir.trials)
     questions = task.train_questions()[: config.discovery.questions]
     plan = planned(config, len(questions))
     router = wait_for(lambda: read_address(run_dir.path, "router"), "the engines", config.engine.start_timeout_s)

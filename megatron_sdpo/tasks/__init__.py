@@ -19,6 +19,9 @@ from megatron_sdpo.types import Task
 TASKS = {
     "minipipe": "megatron_sdpo.tasks.minipipe:MiniPipe",
     "livecodebench": "megatron_sdpo.tasks.livecodebench:LiveCodeBench",
+    "maths": "megatron_sdpo.tasks.maths:Maths",
+    "sciknoweval": "megatron_sdpo.tasks.sciknoweval:SciKnowEval",
+    "tooluse": "megatron_sdpo.tasks.tooluse:ToolUse",
 }
 """Name -> where the class is. A module is imported only when its task is asked for."""
 
