@@ -430,6 +430,7 @@ def test_a_copy_of_livecodebench_becomes_a_task(tmp_path: Path, capsys: pytest.C
     assert problems["called"].function == "pair" and len(problems["called"].tests) == 3
     assert problems["first"].public_tests == (Case("2\n1", "[1, 2]"),)
     questions = LiveCodeBench(data=str(out)).train_questions()
+    assert {question.payload["category"] for question in questions} == {"easy"}
     assert questions[1].messages[0].content.endswith("```python\nclass Solution: ...\n```")
     assert questions[0].messages[0].content.endswith("write the answer to standard output.")
     assert [q.id for q in LiveCodeBench(data=str(out), problems=("plain",)).eval_questions()] == ["whole/plain"]

@@ -95,7 +95,10 @@ def _question(problem: Problem, tests: Literal["half", "whole"]) -> Question:
     form = f"{BY_FUNCTION}\n\n```python\n{problem.starter_code}\n```" if problem.function is not None else BY_STDIN
     text = f"{PREAMBLE}\n\n{problem.question.strip()}\n\n{form}"
     # the tests stay here: every attempt's group carries its question through the journal
-    return Question(f"{tests}/{problem.id}", (Message("user", text),), {"problem": problem.id, "tests": tests})
+    payload = {"problem": problem.id, "tests": tests}
+    if problem.difficulty:
+        payload["category"] = problem.difficulty
+    return Question(f"{tests}/{problem.id}", (Message("user", text),), payload)
 
 
 def _limits(limits: Limits, problem: Problem, tests: Sequence[Case]) -> Limits:

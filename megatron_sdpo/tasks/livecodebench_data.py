@@ -3,7 +3,7 @@
 One problem a line; ``tests`` decide the reward, ``public_tests`` are those that its statement shows::
 
     {"id": "abc387_f", "question": "You are given ...", "starter_code": "", "function": null, "date": "2025-02-01",
-     "tests": [{"input": "3\\n1 2 3\\n", "output": "6\\n"}], "public_tests": []}
+     "difficulty": "easy", "tests": [{"input": "3\n1 2 3\n", "output": "6\n"}], "public_tests": []}
 
 A problem with a ``function`` has one JSON value a line in each input, one in each output. ``time_limit_s`` and
 ``memory_bytes`` may stand in a line; otherwise the sandbox's limits hold.
@@ -45,6 +45,7 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     function: str | None = None
     starter_code: str = ""
     date: str = ""
+    difficulty: str = ""
     time_limit_s: float | None = None
     memory_bytes: int | None = None
 
@@ -127,6 +128,7 @@ def problem_of_row(row: dict[str, Any]) -> Problem:
             public_tests=_tests(row["public_test_cases"]),
             function=function,
             starter_code=row["starter_code"] or "",
+            difficulty=str(row.get("difficulty") or ""),
             date=datetime.datetime.fromisoformat(row["contest_date"]).date().isoformat(),
         )
     except (KeyError, TypeError, ValueError, AttributeError, pickle.UnpicklingError, zlib.error) as error:
