@@ -9,6 +9,7 @@ import secrets
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sdpo.config import ConfigError
+from megatron_sdpo.config import ConfigError, SandboxConfig, TaskConfig
+from megatron_sdpo.launch.preflight import check_run
 from megatron_sdpo.sandbox import LocalSandbox, Outcome, SandboxError
 from megatron_sdpo.tasks import load_task
 from megatron_sdpo.tasks.livecodebench import LiveCodeBench
@@ -36,6 +38,7 @@ from megatron_sdpo.tasks.livecodebench_grading import (
     shorten,
 )
 from megatron_sdpo.types import Verdict
+from recipes.minipipe import minipipe
 from tests.sandbox_setup import CONFIG, skip_without_sandbox
 
 SUM = Problem(
@@ -269,6 +272,18 @@ def test_without_a_sandbox_nothing_is_judged(tmp_path: Path) -> None:
     task = LiveCodeBench(data=write(tmp_path, SUM))
     with pytest.raises(SandboxError, match="use_sandbox"):
         judged(task, RIGHT)
+
+
+def test_a_run_is_refused_at_its_start_where_no_sandbox_holds(tmp_path: Path) -> None:
+    task = TaskConfig(name="livecodebench", options={"data": write(tmp_path, SUM)})
+    config = replace(minipipe(), task=task, run_dir=str(tmp_path / "run"))
+    missing = replace(config, sandbox=replace(config.sandbox, bwrap="none-such"))
+    with pytest.raises(ConfigError, match=r"this task executes programs .* sandbox\.bwrap 'none-such' is not"):
+        check_run(missing)
+    unheard = SandboxConfig(backend="remote", url="http://127.0.0.1:9", token_file=write(tmp_path, SUM))
+    with pytest.raises(ConfigError, match=r"the sandbox service at http://127\.0\.0\.1:9 does not answer"):
+        check_run(replace(config, sandbox=unheard))
+    assert not (tmp_path / "run").exists()
 
 
 # --- comparison

@@ -2,7 +2,8 @@
 
     python tools/bench_sandbox.py [--workers 2] [--programs 200] [--backend bubblewrap]
 
-throughput   trivial programs a second, all of them queued at once, each in a sandbox of its own
+throughput   trivial programs a second, all of them queued at once, each in a sandbox of its own; and bare ``python -c``
+             a second by as many threads, which says what else the machine had to do
 overhead     one program at a time: seconds until its outcome is there, less those of a bare ``python -c`` of the same
              program by the same interpreter; the two alternate
 cold         the same without sandboxes that were started ahead
@@ -52,6 +53,18 @@ def throughput(config: SandboxConfig, programs: int) -> float:
 
     with LocalSandbox(config) as sandbox:
         return programs / seconds(lambda: asyncio.run(all_of_them(sandbox)))
+
+
+def bare_throughput(config: SandboxConfig, programs: int) -> float:
+    """The same programs by bare interpreters, ``config.workers`` at a time."""
+    with LocalSandbox(dataclasses.replace(config, warm=0)) as sandbox:
+        command = [sandbox.interpreter, "-c", TRIVIAL]
+
+    def all_of_them() -> None:
+        with ThreadPoolExecutor(config.workers) as threads:
+            list(threads.map(lambda _: subprocess.run(command, capture_output=True, check=True), range(programs)))
+
+    return programs / seconds(all_of_them)
 
 
 def start_up(config: SandboxConfig, rounds: int) -> tuple[float, float]:
@@ -117,7 +130,8 @@ def main() -> None:
     config = SandboxConfig(backend=given.backend, workers=given.workers)
     check_local(config)
     print(machine())
-    print(f"throughput  {throughput(config, given.programs):6.1f} programs/s with {given.workers} workers")
+    rate, bare = throughput(config, given.programs), bare_throughput(config, given.programs)
+    print(f"throughput  {rate:6.1f} programs/s with {given.workers} workers; bare python -c {bare:.1f}/s")
     for name, warm in (("warm start", config.warm), ("cold start", 0)):
         inside, bare = (1e3 * s for s in start_up(dataclasses.replace(config, warm=warm), 40))
         print(f"{name}  {inside:6.1f} ms; bare python -c {bare:.1f} ms; overhead {inside - bare:.1f} ms")

@@ -32,7 +32,7 @@ class SandboxConfig:
     """bubblewrap: on this machine, each in namespaces of its own; remote: by the service at ``url``; unsafe-none: as
     plain processes with the rights of this one, so that a program may read, change and send whatever you may."""
     workers: int = 2
-    """Programs that run at one time."""
+    """Programs that run at one time. As many are judged at one time as there are rollout.verify_workers: raise both."""
     warm: int = 2
     """Sandboxes that are started ahead; each serves one program."""
     bwrap: str = "bwrap"

@@ -21,11 +21,13 @@ system and an empty ``/tmp``. Of the ``Limits``,
 * clock: by the first process inside, and 10 s later by the side outside;
 * memory: RLIMIT_AS for each process; resident memory of all together, looked at every 20 ms. No control group is used,
   so that between two looks, and in memory that is not resident, memory_bytes * processes is the firm bound;
-* processes and threads: RLIMIT_NPROC, counted in the sandbox's own user namespace;
+* processes and threads: RLIMIT_NPROC, counted in the sandbox's own user namespace (Linux 5.14 or newer);
 * files: the size of ``/tmp``, RLIMIT_FSIZE, and 2000 files;
 * output: what is beyond the limit is not read, and the program is killed.
 
-**What a program can learn** is its own text and one input. Expected answers stay outside, where they are compared. A
+With ``unsafe-none`` the limits alone hold, without the one on processes, and nothing else.
+
+**What a program can learn** is its own text, one input, and what every user may read below ``/usr``. Expected answers stay outside, where they are compared. A
 program that writes success words, ends early, or changes the interpreter around it can only change what it answers.
 """
 
