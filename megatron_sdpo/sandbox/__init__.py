@@ -25,10 +25,12 @@ system and an empty ``/tmp``. Of the ``Limits``,
 * files: the size of ``/tmp``, RLIMIT_FSIZE, and 2000 files;
 * output: what is beyond the limit is not read, and the program is killed.
 
-With ``unsafe-none`` the limits alone hold, without the one on processes, and nothing else.
+With ``unsafe-none`` nothing of the isolation holds, and of the limits all but the number of processes and files, for
+the program's first process.
 
-**What a program can learn** is its own text, one input, and what every user may read below ``/usr``. Expected answers stay outside, where they are compared. A
-program that writes success words, ends early, or changes the interpreter around it can only change what it answers.
+**What a program can learn** is its own text, one input, and what every user may read below ``/usr``. Expected answers
+stay outside, where they are compared. A program that writes success words, ends early, or changes the interpreter
+around it can only change what it answers.
 """
 
 from megatron_sdpo.config.sandbox import Limits, SandboxConfig
