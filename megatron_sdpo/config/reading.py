@@ -50,6 +50,11 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     return config
 
 
+def read_value(key: str, text: str, kind: Any) -> Any:
+    """The value of ``key=text``, of the type ``kind``: JSON, ``none``, or text; ConfigError when it does not fit."""
+    return _read(key, _literal(text), text, kind)
+
+
 def _literal(text: str) -> Any:
     try:
         return json.loads(text)
