@@ -18,6 +18,8 @@ from megatron_sdpo.config.layouts import LAYOUT_HELP, layout_name, layout_overri
 from megatron_sdpo.config.reading import apply_overrides, fields_by_name, load, read_json, save, type_words
 from megatron_sdpo.config.training import (
     CheckpointConfig,
+    Fp8Config,
+    Fp8Kind,
     GuardConfig,
     LayoutConfig,
     OptimConfig,
@@ -50,6 +52,8 @@ __all__ = [
     "DiscoveryConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "Fp8Config",
+    "Fp8Kind",
     "GuardConfig",
     "LayoutConfig",
     "ModelConfig",

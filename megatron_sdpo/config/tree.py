@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from megatron_sdpo.config.training import (
     CheckpointConfig,
+    Fp8Config,
     GuardConfig,
     LayoutConfig,
     OptimConfig,
@@ -297,6 +298,7 @@ class Config:
     model: ModelConfig
     task: TaskConfig
     layout: LayoutConfig = LayoutConfig()
+    fp8: Fp8Config = Fp8Config()
     engine: EngineConfig = EngineConfig()
     rollout: RolloutConfig = RolloutConfig()
     teacher_context: TeacherContextConfig = TeacherContextConfig()
