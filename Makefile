@@ -24,7 +24,7 @@ USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3,
 # Byte code is kept, whatever the shell says: a run starts a dozen processes, and each would compile torch and SGLang anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow test-slurm lint bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -53,10 +53,16 @@ lint: setup ## formatting, lint rules, types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint ## lint, then every test that needs no GPU and no long time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not slurm" --numprocesses 2 --dist loadfile
 
 test-slow: setup ## the long tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
+
+# As root on Debian it installs what is missing; elsewhere the tests say why they are skipped.
+test-slurm: setup ## whole jobs on a real Slurm with several nodes on this machine
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v slurmctld >/dev/null; then \
+	    tools/slurm_sandbox.sh install; fi
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm -rs
 
 bench: setup ## time trainer, saves and generation against their baselines (results belong in tools/BENCHMARKS.md)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_trainer.py
