@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,9 +22,9 @@ ABSENT = pytest.mark.skipif(not NEMO.exists(), reason="nemo_run is in an environ
 SHORT = '["steps=1","evaluation.every=0","evaluation.questions=8"]'
 SANDBOX = {
     "SANDBOX_BRIDGE": "nrbr0",
-    "SANDBOX_SUBNET": "10.79.0",
+    "SANDBOX_SUBNET": "10.83.0",
     "SANDBOX_PREFIX": "m",
-    "SANDBOX_PORT": "18817",
+    "SANDBOX_PORT": "19417",
     "NODES": "2",
 }
 
@@ -178,19 +179,21 @@ def test_a_pipeline_on_this_machine_runs_in_order_and_stops_at_a_failure(tmp_pat
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def slurm() -> Iterator[dict[str, str]]:
     """Environment variables of a real Slurm of two nodes on this machine, by tools/slurm_sandbox.sh."""
     if os.geteuid() != 0 or shutil.which("slurmctld") is None:
         pytest.skip("a real Slurm takes root and Debian's Slurm packages: tools/slurm_sandbox.sh install")
-    folder = tmp_path_factory.mktemp("slurm")
+    folder = Path(tempfile.mkdtemp(prefix="nemo-slurm-"))  # munge's user may not enter pytest's folders
+    folder.chmod(0o755)
     settings = {**SANDBOX, "SANDBOX_DIR": str(folder)}
     tool = str(ROOT / "tools" / "slurm_sandbox.sh")
     variables = {**os.environ, **settings}
-    subprocess.run([tool, "up"], env=variables, check=True, timeout=60, stdout=subprocess.DEVNULL)
     try:
+        subprocess.run([tool, "up"], env=variables, check=True, timeout=60, stdout=subprocess.DEVNULL)
         yield {"SLURM_CONF": str(folder / "slurm.conf")}
     finally:
         subprocess.run([tool, "down"], env=variables, check=True, timeout=60, stdout=subprocess.DEVNULL)
+        shutil.rmtree(folder)
 
 
 @ABSENT
@@ -221,6 +224,24 @@ def test_on_slurm_nothing_runs_after_a_failure_and_nothing_is_left_in_the_queue(
     assert "train failed (2)\nevaluate did not finish\nreport did not finish\n" in done.stdout
     queue = subprocess.run(["squeue", "-h"], env={**os.environ, **slurm}, capture_output=True, text=True, timeout=30)
     assert (queue.returncode, queue.stdout) == (0, "")
+
+
+@ABSENT
+@pytest.mark.nemo
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+def test_a_run_on_two_nodes_of_slurm_is_the_job_of_the_batch_scripts(tmp_path: Path, slurm: dict[str, str]) -> None:
+    place = ("run.executor=slurm", "run.executor.account=acct", "run.executor.nodes=2", "run.executor.gpus_per_node=0")
+    arguments = ("train", "recipe=minipipe", "layout=tp1", f"overrides={SHORT}", "directory=runs/one", *place, "--yes")
+    done = nemo(tmp_path, *arguments, timeout_s=500, **slurm)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one = tmp_path / "runs" / "one"
+    record = read_record(one / "nemo" / "train.json")
+    assert record is not None and record.exit_code == 0 and record.command[:2] == ["train", "minipipe"]
+    assert len(read_metrics(one)) == 1
+    assert json.loads((one / "status.json").read_text())["state"] == "finished"
+    facts = {path.stem for path in (one / "slurm" / "attempt-001" / "facts").glob("*.json")}
+    assert facts == {"m1", "m2"}
 
 
 @ABSENT

@@ -1,14 +1,15 @@
-"""The command line: ``megatron-sdpo train | discover | evaluate | serve | convert | plan | replay | report``.
+"""The command line: ``megatron-sdpo train | discover | evaluate | serve | convert | plan | doctor | replay | report``.
 
 ===============  ================================================================
 configuring.py   what commands about a recipe share: its arguments, its overrides
 training.py      train, discover, replay
 models.py        evaluate, serve, convert
 pages.py         plan, report
+doctor.py        doctor
 ===============  ================================================================
 
-Exit codes: 0 done, 1 a running role failed, 2 the request cannot work (one sentence on standard error),
-128 + n stopped by signal n.
+Exit codes: 0 done, 1 a running role failed (or ``doctor`` found what fails), 2 the request cannot work (one sentence
+on standard error), 128 + n stopped by signal n.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 
 from megatron_sdpo import __version__
 from megatron_sdpo.cli import models, pages, training
+from megatron_sdpo.cli.doctor import add_doctor
 from megatron_sdpo.config import ConfigError
 from megatron_sdpo.launch.local import Interrupted, RoleDied
 from megatron_sdpo.rollout.control import EngineError
@@ -61,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     models.add_serve(commands)
     models.add_convert(commands)
     pages.add_plan(commands)
+    add_doctor(commands)
     training.add_replay(commands)
     pages.add_report(commands)
     return parser

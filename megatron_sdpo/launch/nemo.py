@@ -17,6 +17,7 @@ job succeeded, 1 one did not, 2 the request cannot work.
 """
 
 import functools
+import json
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -35,6 +36,7 @@ from recipes import recipe as recipe_of
 from recipes import recipes
 
 EXECUTORS = (nemo_executors.local, nemo_executors.slurm)
+_GRID = '{"optim.lr": [1e-3, 5e-4]}'
 _outcome: list[int] = []
 """The exit code, once there is one: NeMo-Run's own command line swallows that of what it calls."""
 
@@ -76,11 +78,23 @@ def sweep(
     layout: str = "",
     directory: str = "",
     python: str = "",
-    grid: dict = {},  # noqa: B006
+    grid: str = "{}",
 ) -> None:
     """One run for each point of grid, a JSON object of key to list of values."""
     task = _task(recipe, config, overrides, layout, directory)
-    _launch(ctx, f"{task.recipe}-sweep", lambda: sweep_steps(task, grid), python)
+    _launch(ctx, f"{task.recipe}-sweep", lambda: sweep_steps(task, read_grid(grid)), python)
+
+
+def read_grid(text: str) -> dict[str, Any]:
+    try:
+        grid = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f'grid is not JSON ({error.msg}): {text}; write it as {{"optim.lr": [1e-3, 5e-4]}}'
+        ) from error
+    if not isinstance(grid, dict):
+        raise ConfigError(f'grid is {text}; write it as {{"optim.lr": [1e-3, 5e-4]}}')
+    return grid
 
 
 def _task(recipe: str, config: Config | None, overrides: list[str], layout: str, directory: str) -> run.Partial:

@@ -11,10 +11,13 @@ import dataclasses
 import itertools
 import json
 import shlex
+import signal
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import fiddle
@@ -23,6 +26,7 @@ from nemo_run.core.tunnel.client import Tunnel
 
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import Config, ConfigError
+from megatron_sdpo.launch.nemo_executors import SIGNAL_S
 from megatron_sdpo.launch.nemo_step import read_record
 from megatron_sdpo.launch.nemo_tasks import CHECKOUT, COMMANDS, convert, evaluate, report, train, training_python
 from recipes import recipe as recipe_of
@@ -151,6 +155,37 @@ def script(step: Step, steps: Mapping[str, Step], python: str, folder: Path) -> 
     return run.Script(inline="\n".join(lines) + "\n")
 
 
+def cluster_job(step: Step, steps: Mapping[str, Step], python: str, folder: Path, place: run.SlurmExecutor) -> str:
+    """Lines for the batch script that make it the job of slurm/*.sh, whose warnings only the batch script hears.
+
+    Trainers on some nodes and engines on the others, preflight, attempts, going back into the queue: slurm/job.sh. It
+    starts the nodes' processes by an srun of its own; NeMo-Run's, further down in the script, is not reached.
+    """
+    command = COMMANDS[train](**fiddle.build(step.task).keywords)
+    note = shlex.join([python, "-m", "megatron_sdpo.launch.nemo_step", "--record", str(step.record)])
+    after = shlex.join(word for name in step.after for word in ("--after", str(steps[name].record)))
+    settings = {
+        "SDPO_HOME": str(CHECKOUT),
+        "SDPO_RUN_DIR": configuration_of(step.task).run_dir,
+        "SDPO_PYTHON": python,
+        "SDPO_CONTAINER": place.container_image or "",
+        "SDPO_GPUS_PER_NODE": str(place.gpus_per_node or 0),
+    }
+    lines = [
+        "set +evx",
+        f"cd {shlex.quote(str(folder))} || exit 2",
+        f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *(f"export {name}={shlex.quote(value)}" for name, value in settings.items()),
+        f"{note} {after} --check -- {shlex.join(command)} || exit 2",
+        f"ended() {{ local code=$?; {note} --ended $code -- {shlex.join(command)}; }}",
+        "trap ended EXIT",
+        'source "$SDPO_HOME/slurm/job.sh"',
+        f"run_job {shlex.join(command[1:])}",
+        "exit 0",
+    ]
+    return "\n".join(lines)
+
+
 def launch(
     title: str,
     steps: Mapping[str, Step],
@@ -180,6 +215,10 @@ def launch(
             if isinstance(place, run.SlurmExecutor):
                 place.nodes = step.nodes or place.nodes
                 place.job_name_prefix = place.job_name_prefix or f"{title}."
+                if place.nodes > 1 and step.task.__fn_or_cls__ is train:
+                    python_there = python or training_python()
+                    place.setup_lines = cluster_job(step, steps, python_there, folder, place)
+                    place.signal = place.signal or f"B:USR1@{SIGNAL_S}"
             experiment.add(
                 scripts[name], executor=place, name=name, dependencies=list(step.after), tail_logs=not on_slurm
             )
@@ -189,8 +228,11 @@ def launch(
             experiment.dryrun()
             return {}
         several = len(steps) > 1 and not any(step.after for step in steps.values())
-        # on Slurm NeMo-Run would wait by sacct, which needs an accounting database
-        experiment.run(detach=on_slurm, sequential=several and not on_slurm)
+        if on_slurm:  # NeMo-Run would wait by sacct, which needs an accounting database
+            experiment.run(detach=True)
+        else:
+            _end_with_this_process(experiment)
+            experiment.run(sequential=several)
         jobs = {job.id: job.handle for job in experiment.jobs}
     if on_slurm:
         numbers = {name: handle.partition("://")[2].split("/")[1] for name, handle in jobs.items()}
@@ -200,6 +242,19 @@ def launch(
         wait_for_jobs(list(numbers.values()), executor.tunnel)
     found = {name: read_record(step.record) for name, step in steps.items()}
     return {name: record.exit_code if record else None for name, record in found.items()}
+
+
+def _end_with_this_process(experiment: run.Experiment) -> None:
+    """SIGINT and SIGTERM end the jobs on this machine, which NeMo-Run would wait for, and start no others."""
+    experiment.dryrun(log=False)  # its scheduler sets handlers of its own when it is made, which this does
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for job in experiment.jobs:
+            experiment.cancel(job.id)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
 
 def wait_for_jobs(numbers: Sequence[str], tunnel: Tunnel) -> dict[str, str]:

@@ -19,6 +19,8 @@ from types import FrameType
 
 import msgspec
 
+from megatron_sdpo.rollout import lifeline
+
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -51,8 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--once", action="store_true", help="do nothing when the record says that it is done")
     parser.add_argument("--output", type=Path, help="also keep standard output here")
     parser.add_argument("--module", default="megatron_sdpo.cli", help="what takes the command")
+    parser.add_argument("--ended", type=int, metavar="CODE", help="record that the command ended so, and run nothing")
+    parser.add_argument("--check", action="store_true", help="record that the command begins, and run nothing")
     parser.add_argument("command", nargs="+")
     parsed = parser.parse_args(arguments)
+    if parsed.ended is not None:
+        return _record(parsed.record, Record(parsed.command, parsed.ended))
     for path in parsed.after:
         before = read_record(path)
         if before is None or before.exit_code != 0:
@@ -65,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     began = time.perf_counter()
     _record(parsed.record, Record(parsed.command))
+    if parsed.check:
+        return 0
     code = _run([sys.executable, "-m", parsed.module, *parsed.command], parsed.output)
     return _record(parsed.record, Record(parsed.command, code, time.perf_counter() - began))
 
@@ -78,7 +86,13 @@ def _record(path: Path, record: Record) -> int:
 
 def _run(command: Sequence[str], output: Path | None) -> int:
     """The exit code, 128 + n for signal n as shells have it; signals to this process go on to the command."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE if output else None) as process:
+    own = os.getpid()
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE if output else None,
+        start_new_session=True,  # a signal to this process's group would come twice
+        preexec_fn=lambda: lifeline.end_with(own),
+    ) as process:
         with _passed_on(process):
             if output is not None and process.stdout is not None:
                 output.parent.mkdir(parents=True, exist_ok=True)
