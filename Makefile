@@ -27,7 +27,7 @@ USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3,
 # Byte code is kept, whatever the shell says: a run starts a dozen processes, and each would compile torch and SGLang anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-slow test-slurm test-nemo nemo-setup lint bench clean
+.PHONY: help setup demo test test-slow test-slurm test-nemo nemo-setup gpu-lock lint bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -59,6 +59,14 @@ $(NEMO_STAMP): requirements/nemo.txt
 	@$(NEMO)/bin/python -m pip install --no-compile --disable-pip-version-check --quiet --no-deps --requirement $<
 	@$(NEMO)/bin/python -m pip install --no-compile --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
+
+# The CUDA 12 core is what the source package of Transformer Engine's PyTorch part asks for, whatever its CUDA is; beside
+# the CUDA 13 core it would be the one that is loaded.
+gpu-lock: ## resolve requirements/gpu.txt for the container anew (needs uv), and what tests/test_container.py reads
+	uv pip compile --python-version 3.12 --python-platform x86_64-manylinux_2_39 --extra engine --extra gpu \
+	    --no-emit-package transformer-engine-cu12 --no-annotate --custom-compile-command "make gpu-lock" \
+	    --output-file requirements/gpu.txt pyproject.toml requirements/gpu.in
+	$(BIN)/python tools/container_metadata.py
 
 demo: setup ## train MiniPipe on this CPU, LAYOUT=tp2|pp2|tp1, SEED=0 (another seed is another machine to learn)
 	$(BIN)/megatron-sdpo train minipipe --layout $(LAYOUT) --run-dir $(RUN_DIR) seed=$(SEED) task.options.machine_seed=$(SEED)

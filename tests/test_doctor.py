@@ -54,7 +54,7 @@ def package(folder: Path, name: str, files: dict[str, str], version: str) -> str
         path = folder / "site" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    info = folder / "site" / f"{name}-{version}.dist-info"
+    info = folder / "site" / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     return os.pathsep.join([str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -116,6 +116,15 @@ def test_packages_of_other_versions_and_missing_ones_are_told(tmp_path: Path, mo
     assert (found.state, found.seen) == ("fail", "numpy 1.26.0, not <3,>=2.2") and "make setup" in found.todo
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
     assert "no torch, no megatron-core" in doctor_software.packages(Needs(None, tmp_path)).seen
+
+
+def test_a_core_of_transformer_engine_for_another_cuda_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, "transformer-engine", {"transformer_engine/__init__.py": ""}, "2.11.0")
+    for cuda in ("cu12", "cu13"):
+        package(tmp_path, f"transformer-engine-{cuda}", {}, "2.11.0")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    found = doctor_software.transformer_engine(Needs(None, tmp_path))
+    assert found.state == "fail" and "CUDA 12 is loaded" in found.seen and "transformer-engine-cu12" in found.todo
 
 
 def test_the_table_says_the_same_in_words(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

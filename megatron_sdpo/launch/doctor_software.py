@@ -181,14 +181,17 @@ def transformer_engine(needs: Needs) -> Finding:
     name, found = "transformer engine", _transformer_engine()
     if found is None:
         if needs.fp8:
-            return Finding(name, "fail", "not installed", "install the extra gpu, or set fp8.* to off")
-        return Finding(name, "absent", "not installed", "FP8 and fused layers need it: install the extra gpu")
+            return Finding(name, "fail", "not installed", "install it as the Dockerfile does, or set fp8.* to off")
+        return Finding(name, "absent", "not installed", "FP8 and fused layers need it: the Dockerfile shows how")
     wrong = wrong_versions("gpu")
+    if all(map(_distributed, ("transformer-engine-cu12", "transformer-engine-cu13"))):
+        todo = "pip uninstall transformer-engine-cu12, which its source package asks for whatever the CUDA is"
+        return Finding(name, "fail", "two cores, of which that for CUDA 12 is loaded", todo)
     if "error" in found:
         todo = "on a machine without GPUs uninstall it; on one with, see that CUDA's and cuDNN's libraries are found"
         return Finding(name, "fail", f"does not load: {found['error']}", todo)
     if wrong:
-        return Finding(name, "fail" if needs.fp8 else "warn", ", ".join(wrong), "install the extra gpu as it is pinned")
+        return Finding(name, "fail" if needs.fp8 else "warn", ", ".join(wrong), "install it as the Dockerfile does")
     return Finding(name, "ok", version("transformer-engine"))
 
 
@@ -239,6 +242,14 @@ def sglang(needs: Needs) -> Finding:
     if "error" in found:
         return Finding("sglang", "fail", f"does not load: {found['error']}", "install the extra engine again")
     return Finding("sglang", "ok", f"{version('sglang')}, router {version('sglang-router')}")
+
+
+def _distributed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _installed(module: str) -> bool:
