@@ -3,7 +3,7 @@
 The data meets the files in this order; an import never points up the list (tests/test_imports.py)::
 
     types  phases  timeline  config  hf_config  flops  tasks  sandbox  chat  rollout  teacher_context  batching
-    vocabulary  divergence  fused  credit  objective  teacher  guard  spikes  mcore  reshard  loop
+    vocabulary  divergence  fused  credit  objective  teacher  guard  spikes  quantization  mcore  reshard  loop
     discovery  evaluate  tracking  profiler  report  scaling  launch  cli
 """
 

@@ -1,12 +1,13 @@
 """Everything that can be refused before a process is started or a file is written."""
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
 from megatron_sdpo import config as configuration
 from megatron_sdpo.chat import Chat
-from megatron_sdpo.config import Config, ConfigError
+from megatron_sdpo.config import Config, ConfigError, Fp8Config
 from megatron_sdpo.hf_config import check_model, read_model_config
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.rollout.fleet import check_ports
@@ -24,6 +25,7 @@ def check_run(config: Config, must_evaluate: bool = False) -> None:
     configuration.check(config)
     model, tokens = _read_model(config)
     check_model(config, model)
+    check_fp8(config.fp8)
     _check_teacher_length(config, model)
     check_templates(config.teacher_context)
     task = load_task(config.task.name, **config.task.options)
@@ -38,6 +40,15 @@ def check_run(config: Config, must_evaluate: bool = False) -> None:
     else:
         check_journal(config, Path(config.debug.from_journal))
     _check_run_dir(Path(config.run_dir))
+
+
+def check_fp8(fp8: Fp8Config) -> None:
+    """Refuse FP8 that nothing here computes; the trainer asks the hardware itself (mcore/fp8.py)."""
+    if fp8.kinds and fp8.kinds != ("emulated",) and importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            f"fp8 {fp8.kinds[0]} needs Transformer Engine, which is not installed; install the extra gpu on a machine"
+            " with a Hopper GPU, set fp8.student and fp8.teacher to off, or, for tests, to emulated"
+        )
 
 
 def check_journal(config: Config, folder: Path) -> None:
