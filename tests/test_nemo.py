@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 NEMO = ROOT / ".venv-nemo" / "bin" / "python"
 ABSENT = pytest.mark.skipif(not NEMO.exists(), reason="nemo_run is in an environment of its own: make nemo-setup")
 SHORT = '["steps=1","evaluation.every=0","evaluation.questions=8"]'
+ACCOUNT = ("run.executor=slurm", "run.executor.account=acct")
 SANDBOX = {
     "SANDBOX_BRIDGE": "nrbr0",
     "SANDBOX_SUBNET": "10.83.0",
@@ -132,6 +133,10 @@ def test_a_sweep_has_a_run_for_each_point_in_a_directory_of_its_own(tmp_path: Pa
         (["train", "-f", "minipipe", "config.steps=few"], "few"),
         (["train", "recipe=minipipe", 'overrides=["optim.lrr=1"]'], "did you mean optim.lr?"),
         (["train", "recipe=minipipe", "run.executor=slurm"], "Slurm wants an account"),
+        (
+            ["train", "recipe=minipipe", *ACCOUNT, "run.executor.container_image=x.sqsh"],
+            "which Python the container has is not known",
+        ),
         (["sweep", "recipe=minipipe"], "the grid is empty"),
         (["sweep", "recipe=minipipe", 'grid={"optim.lr": [1, 1]}'], "give a list of one or more different ones"),
         (["fly"], "Launch recipes with NeMo-Run"),

@@ -124,7 +124,8 @@ def test_a_step_leaves_its_end_and_its_output(tmp_path: Path) -> None:
     assert record is not None and (record.command, record.exit_code) == (["0", "--x"], 0) and record.seconds > 0
     failed = step(tmp_path, "--record=r/b.json", "--output=r/b.txt", *little, "--", "7")
     assert failed.returncode == 7
-    assert read_record(tmp_path / "r" / "b.json") == Record(["7"], 7, record.seconds)
+    record = read_record(tmp_path / "r" / "b.json")
+    assert record is not None and (record.command, record.exit_code) == (["7"], 7)
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["a.json", "a.txt", "b.json"]
 
 

@@ -30,14 +30,11 @@ found["nccl_built"] = torch.distributed.is_nccl_available()
 print(json.dumps(found))
 """
 _TRANSFORMER_ENGINE = """
-import json, torch
-import transformer_engine, transformer_engine.pytorch as te
-from transformer_engine.common.recipe import Float8BlockScaling
-found = {"blockwise": False, "why": "no GPU"}
-if torch.cuda.is_available():
-    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager as manager
-    found["blockwise"], found["why"] = manager.is_fp8_block_scaling_available()
-    found["tensorwise"], found["why tensorwise"] = manager.is_fp8_available()
+import json, torch, transformer_engine.pytorch as te
+found = {"blockwise": [False, "no GPU"], "tensorwise": [False, "no GPU"]}
+if torch.cuda.is_available():  # without a driver the questions raise
+    found["blockwise"] = te.is_fp8_block_scaling_available(return_reason=True)
+    found["tensorwise"] = te.is_fp8_available(return_reason=True)
 print(json.dumps(found))
 """
 _APEX = """
@@ -204,16 +201,14 @@ def fp8(needs: Needs) -> Finding:
         if needs.fp8:
             return Finding("fp8", "fail", seen, "set fp8.* to off, or to emulated to test the numbers")
         return Finding("fp8", "absent", seen, "fp8.*=emulated has its numbers on any device, slowly")
-    missing = [kind for kind in needs.fp8 if not found.get(kind)]
+    missing = [f"no {kind}: {found[kind][1]}" for kind in needs.fp8 if not found[kind][0]]
     if missing:
-        reasons = {"blockwise": found["why"], "tensorwise": found.get("why tensorwise", "")}
-        seen = "; ".join(f"no {kind}: {reasons[kind]}" for kind in missing)
-        return Finding("fp8", "fail", seen, "set fp8.* to off, or use Hopper with CUDA 12.9 or newer")
-    scales = os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES")
-    if found["blockwise"] and scales == "0":
+        return Finding("fp8", "fail", "; ".join(missing), "set fp8.* to off, or use Hopper with CUDA 12.9 or newer")
+    can, why = found["blockwise"]
+    if not can:
+        return Finding("fp8", "absent", f"no blockwise: {why}", "it needs Hopper and CUDA 12.9 or newer")
+    if os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES") == "0":
         return Finding("fp8", "warn", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=0", "unset it: engines have fp32 scales")
-    if not found["blockwise"]:
-        return Finding("fp8", "absent", f"no blockwise: {found['why']}", "it needs Hopper and CUDA 12.9 or newer")
     return Finding("fp8", "ok", f"blockwise on {gpus[0][0]}")
 
 

@@ -4,7 +4,7 @@
 
     task = partial("minipipe")                      # every key of the configuration is task.config.…
     task.config.optim.lr *= 2
-    launch("mine", {"train": Step(task)}, run.LocalExecutor())
+    launch("mine", run_steps(task), slurm(nodes=2, account="me"))      # or pipeline(task), sweep(task, {...})
 """
 
 import dataclasses
@@ -189,7 +189,7 @@ def cluster_job(step: Step, steps: Mapping[str, Step], python: str, folder: Path
 def launch(
     title: str,
     steps: Mapping[str, Step],
-    executor: run.Executor,
+    executor: run.Executor | run.Config[run.Executor],
     python: str = "",
     dryrun: bool = False,
     detach: bool = False,
@@ -198,50 +198,60 @@ def launch(
 
     None: a job ended without a word of its own, killed, or cancelled before it began.
     """
-    folder = Path.cwd()
-    if isinstance(executor, run.SlurmExecutor) and not executor.account:
-        raise ConfigError("Slurm wants an account; set run.executor.account=NAME, or SBATCH_ACCOUNT")
-    scripts = {
-        name: script(step, steps, python or training_python(), folder) for name, step in steps.items()
-    }  # all, before any is started
+    if isinstance(executor, run.Config):
+        executor = fiddle.build(executor)
     on_slurm = isinstance(executor, run.SlurmExecutor)
+    python = _python_there(executor, python)
+    scripts = {name: script(step, steps, python, Path.cwd()) for name, step in steps.items()}  # all, or none is started
     if not dryrun:
         for step in steps.values():  # of an earlier experiment, unless a step is not made twice
             if not step.once:
                 step.record.unlink(missing_ok=True)
     with run.Experiment(title, executor=executor, skip_status_at_exit=True, enable_goodbye_message=False) as experiment:
         for name, step in steps.items():
-            place = executor.clone()
-            if isinstance(place, run.SlurmExecutor):
-                place.nodes = step.nodes or place.nodes
-                place.job_name_prefix = place.job_name_prefix or f"{title}."
-                if place.nodes > 1 and step.task.__fn_or_cls__ is train:
-                    python_there = python or training_python()
-                    place.setup_lines = cluster_job(step, steps, python_there, folder, place)
-                    place.signal = place.signal or f"B:USR1@{SIGNAL_S}"
-            experiment.add(
-                scripts[name], executor=place, name=name, dependencies=list(step.after), tail_logs=not on_slurm
-            )
+            place = _placed(title, step, steps, executor, python)
+            after = list(step.after)
+            experiment.add(scripts[name], executor=place, name=name, dependencies=after, tail_logs=not on_slurm)
         if dryrun:
-            for name, one in scripts.items():
-                print(f"{name} runs\n{one.inline}")
+            print("\n".join(f"{name} runs\n{one.inline}" for name, one in scripts.items()))
             experiment.dryrun()
             return {}
-        several = len(steps) > 1 and not any(step.after for step in steps.values())
         if on_slurm:  # NeMo-Run would wait by sacct, which needs an accounting database
             experiment.run(detach=True)
         else:
             _end_with_this_process(experiment)
-            experiment.run(sequential=several)
-        jobs = {job.id: job.handle for job in experiment.jobs}
+            experiment.run(sequential=len(steps) > 1 and not any(step.after for step in steps.values()))
+        handles = {job.id: job.handle for job in experiment.jobs}
     if on_slurm:
-        numbers = {name: handle.partition("://")[2].split("/")[1] for name, handle in jobs.items()}
+        numbers = {name: handle.partition("://")[2].split("/")[1] for name, handle in handles.items()}
         print("\n".join(f"job {number} is {name}" for name, number in numbers.items()), flush=True)
         if detach:
             return {}
         wait_for_jobs(list(numbers.values()), executor.tunnel)
     found = {name: read_record(step.record) for name, step in steps.items()}
     return {name: record.exit_code if record else None for name, record in found.items()}
+
+
+def _python_there(executor: run.Executor, python: str) -> str:
+    """Of the training environment where the jobs run; ConfigError for an executor that lacks something."""
+    if isinstance(executor, run.SlurmExecutor):
+        if not executor.account:
+            raise ConfigError("Slurm wants an account; set run.executor.account=NAME, or SBATCH_ACCOUNT")
+        if executor.container_image and not python:
+            raise ConfigError("which Python the container has is not known; set python=/opt/venv/bin/python or so")
+    return python or training_python()
+
+
+def _placed(title: str, step: Step, steps: Mapping[str, Step], executor: run.Executor, python: str) -> run.Executor:
+    """The executor of one step: only training takes several nodes, and then it is the job of slurm/*.sh."""
+    place = executor.clone()
+    if isinstance(place, run.SlurmExecutor):
+        place.nodes = step.nodes or place.nodes
+        place.job_name_prefix = place.job_name_prefix or f"{title}."
+        if place.nodes > 1 and step.task.__fn_or_cls__ is train:
+            place.setup_lines = cluster_job(step, steps, python, Path.cwd(), place)
+            place.signal = place.signal or f"B:USR1@{SIGNAL_S}"
+    return place
 
 
 def _end_with_this_process(experiment: run.Experiment) -> None:
