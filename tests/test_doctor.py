@@ -118,6 +118,14 @@ def test_packages_of_other_versions_and_missing_ones_are_told(tmp_path: Path, mo
     assert "no torch, no megatron-core" in doctor_software.packages(Needs(None, tmp_path)).seen
 
 
+def test_an_installed_package_knows_its_requirements_without_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = doctor_software.requirements()
+    monkeypatch.setattr(doctor_software.megatron_sdpo, "__file__", "/nowhere/megatron_sdpo/__init__.py")
+    installed = doctor_software.requirements()
+    for extra in ("", "engine", "gpu"):
+        assert {need.name for need in installed[extra]} == {need.name for need in checkout[extra]}
+
+
 def test_a_core_of_transformer_engine_for_another_cuda_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path, "transformer-engine", {"transformer_engine/__init__.py": ""}, "2.11.0")
     for cuda in ("cu12", "cu13"):

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tomllib
@@ -120,32 +121,32 @@ def torch(needs: Needs) -> Finding:
 
 
 def gpu(needs: Needs) -> Finding:
-    """Devices that torch can use, against those that the driver has."""
-    found = _torch().get("gpus", [])
-    have = _driver_gpus()
-    if have and not found:
+    """Devices that torch can use, against those that the driver has and those that the recipe needs."""
+    found, driver = _torch().get("gpus", []), _driver_gpus()
+    if driver and not found:
         todo = "install a CUDA build of torch that the driver supports; see CUDA_VISIBLE_DEVICES, too"
-        return Finding("gpu", "fail", f"{len(have)} by the driver ({have[0]}), none by torch", todo)
-    old = [line for line in have if line.rpartition(", ")[2].partition(".")[0].isdecimal()]
-    driver = min((int(line.rpartition(", ")[2].partition(".")[0]) for line in old), default=OLDEST_DRIVER)
+        return Finding("gpu", "fail", f"{len(driver)} by the driver ({driver[0]}), none by torch", todo)
     if len(found) < needs.gpus:
         seen = f"{len(found)} where {needs.gpus} are needed" if found else "none"
         return Finding("gpu", "fail", seen, f"the recipe needs {needs.gpus} in a node; choose a recipe for fewer")
     if not found:
         return Finding("gpu", "absent", "none", "models beyond a few million parameters need them")
+    kinds = sorted({name for name, *_ in found})
+    if len(kinds) > 1:
+        return Finding("gpu", "warn", f"several kinds: {', '.join(kinds)}", "use one kind")
+    seen = f"{len(found)} x {kinds[0]}, {found[0][2]:.0f} GB"
+    versions = [int(major) for major in re.findall(r", (\d+)\.[\d.]+$", "\n".join(driver), re.MULTILINE)]
+    if versions and min(versions) < OLDEST_DRIVER:
+        todo = f"CUDA 13 wants a driver of {OLDEST_DRIVER} or newer"
+        return Finding("gpu", "warn", f"{seen}, driver {min(versions)}", todo)
     busy = [i for i, (_, _, total, free) in enumerate(found) if free < 0.9 * total]
-    seen = f"{len(found)} x {found[0][0]}, {found[0][2]:.0f} GB"
-    if len({name for name, *_ in found}) > 1:
-        return Finding("gpu", "warn", f"several kinds: {', '.join(sorted({g[0] for g in found}))}", "use one kind")
-    if driver < OLDEST_DRIVER:
-        return Finding("gpu", "warn", f"{seen}, driver {driver}", f"CUDA 13 wants a driver of {OLDEST_DRIVER} or newer")
     if busy:
         return Finding("gpu", "warn", f"{seen}; memory of {busy} is in use", "end what uses it: nvidia-smi shows it")
     return Finding("gpu", "ok", seen)
 
 
 def _driver_gpus() -> list[str]:
-    """``["NVIDIA H100 80GB HBM3, 580.65", ...]``; empty without nvidia-smi, or where it finds none."""
+    """``["NVIDIA H100 80GB HBM3, 580.65.06", ...]``; empty without nvidia-smi, or where it finds none."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
