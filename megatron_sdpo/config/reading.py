@@ -50,11 +50,6 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     return config
 
 
-def read_value(key: str, text: str, kind: Any) -> Any:
-    """The value of ``key=text``, of the type ``kind``: JSON, ``none``, or text; ConfigError when it does not fit."""
-    return _read(key, _literal(text), text, kind)
-
-
 def _literal(text: str) -> Any:
     try:
         return json.loads(text)
@@ -70,6 +65,11 @@ def _read(key: str, value: Any, text: str, kind: Any) -> Any:
         if not isinstance(value, str) and kind in (str, str | None):
             return text
         raise
+
+
+def read_value(key: str, text: str, kind: Any) -> Any:
+    """The value of ``key=text``, of the type ``kind``: JSON, ``none``, or text; ConfigError when it does not fit."""
+    return _read(key, _literal(text), text, kind)
 
 
 def _convert(key: str, value: Any, kind: Any) -> Any:
