@@ -53,7 +53,9 @@ def student_support(logits_TV: Tensor, k: int, group: dist.ProcessGroup | None =
     if not 1 <= k <= vocabulary:
         raise ValueError(f"k is {k}; it must lie between 1 and the {vocabulary} entries of the vocabulary")
     first_id, kept = _first_id(shard, group), min(k, shard)
-    keys_TK = torch.cat([_largest_keys(rows_TV, kept, first_id) for (rows_TV,) in row_blocks(logits_TV)])
+    wide = shard if _in_runs(shard, kept) == 0 else max(shard // RUN, kept * RUN)  # numbers that are made of a row
+    blocks = logits_TV.detach().split(max(1, BLOCK["cpu" if logits_TV.is_cpu else "cuda"] // wide))
+    keys_TK = torch.cat([_largest_keys(rows_TV, kept, first_id) for rows_TV in blocks])
     if group is not None:
         keys_TK = _all_gather_columns(keys_TK, group).topk(k).values
     return _LOW_32 - (keys_TK & _LOW_32)
@@ -279,6 +281,12 @@ def _locate(ids_TK: Tensor, shard: int, first_id: int) -> tuple[Tensor, Tensor]:
     return local_TK.clamp(0, shard - 1), (local_TK >= 0) & (local_TK < shard)
 
 
+def _in_runs(columns: int, k: int) -> int:
+    """How many runs to look at first; 0: hardly a column would be spared."""
+    runs = columns // RUN
+    return runs if runs > 2 * k else 0
+
+
 def _largest_keys(rows_TV: Tensor, k: int, first_id: int) -> Tensor:
     """The k largest keys (``_keys``) of each row, largest first.
 
@@ -287,8 +295,8 @@ def _largest_keys(rows_TV: Tensor, k: int, first_id: int) -> Tensor:
     one. So one walk over the logits finds the runs, and only their columns are sorted.
     """
     columns = rows_TV.shape[1]
-    runs = columns // RUN
-    if runs <= 2 * k:  # hardly a column would be spared
+    runs = _in_runs(columns, k)
+    if runs == 0:
         return _keys(rows_TV, torch.arange(first_id, first_id + columns, device=rows_TV.device)).topk(k).values
     runs_TRr = rows_TV[:, : runs * RUN].unflatten(1, (runs, RUN))
     best_TR = _keys(runs_TRr.amax(dim=2), torch.arange(runs, device=rows_TV.device))

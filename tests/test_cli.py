@@ -52,7 +52,7 @@ def refusal(folder: Path, *arguments: str) -> str:
         (["optim.lr=NaN"], "numbers must be finite"),
         (["steps"], "override 'steps' has no '='"),
         (["task.options.machine=1"], "task 'minipipe' has no option 'machine'"),
-        (["task.name=maths"], "unknown task 'maths'"),
+        (["task.name=chess"], "unknown task 'chess'"),
         (
             ["--layout=tp3"],
             "layout.tensor_parallel 3 does not divide the model's 4 attention heads; set a divisor of 4",

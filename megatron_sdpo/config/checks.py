@@ -39,6 +39,7 @@ _ABOVE_0 = (
     *("rollout.temperature", "engine.start_timeout_s", "engine.request_timeout_s", "publish.timeout_s", "optim.eps"),
     *("publish.probe_tolerance", "objective.policy_drift_clip", "objective.engine_mismatch_cap"),
     *("objective.stop_at_saturation", "objective.advantage_clip", "ranks.timeout_s", "ranks.slow_share"),
+    "evaluation.top_p",
 )
 _FROM_0_TO_1 = (
     "objective.alpha",
@@ -48,6 +49,7 @@ _FROM_0_TO_1 = (
     "optim.min_lr_ratio",
     "guard.drop",
     "guard.damping",
+    "evaluation.top_p",
 )
 
 

@@ -20,7 +20,7 @@ from megatron_sdpo.teacher_context import check_templates
 def check_run(config: Config, must_evaluate: bool = False) -> None:
     """Refuse a run that cannot work, with one sentence (ConfigError); reads files, starts nothing, writes nothing.
 
-    ``must_evaluate``: held-out questions are needed whatever ``evaluation.every`` says.
+    ``must_evaluate``: only held-out questions are needed, whatever ``evaluation.every`` says.
     """
     configuration.check(config)
     model, tokens = _read_model(config)
@@ -29,7 +29,8 @@ def check_run(config: Config, must_evaluate: bool = False) -> None:
     _check_teacher_length(config, model)
     check_templates(config.teacher_context)
     task = load_task(config.task.name, **config.task.options)
-    PromptStream(task.train_questions(), config.rollout.prompts_per_step, config.seed)
+    if not must_evaluate:
+        PromptStream(task.train_questions(), config.rollout.prompts_per_step, config.seed)
     if not task.eval_questions() and (must_evaluate or config.evaluation.every):
         hint = "" if must_evaluate else "; set evaluation.every=0"
         raise ConfigError(f"the task {config.task.name!r} has no held-out questions{hint}")
@@ -86,7 +87,7 @@ def check_engines(config: Config) -> None:
 
 
 def _read_model(config: Config) -> tuple[dict[str, Any], Chat]:
-    model, tokens = read_model_config(config), Chat(config.model.path)
+    model, tokens = read_model_config(config), Chat(config.model.path, config.model.thinking)
     if tokens.vocab_size > model["vocab_size"]:
         raise ConfigError(
             f"the tokenizer of {config.model.path} has {tokens.vocab_size} ids, its model only {model['vocab_size']}"

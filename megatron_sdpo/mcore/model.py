@@ -291,7 +291,7 @@ def _as_gradients_are_wanted(switches: Sequence[str], layer: torch.nn.Module, _:
 def _block_spec(config: TransformerConfig, n_layers: int, emulated: bool) -> Any:
     if config.transformer_impl == "local":
         return cpu_block_spec(config, n_layers, (EmulatedColumnLinear, EmulatedRowLinear) if emulated else None)
-    # Not yet run on a GPU: the same model from Transformer Engine's modules, fused norms, attention, rotary, experts.
+    # The same model from Transformer Engine's modules, fused norms, attention, rotary, experts.
     spec = get_gpt_layer_with_transformer_engine_spec(
         config.num_moe_experts, config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
     )

@@ -1,7 +1,7 @@
 """Packed rows, and the layer modules for machines without Transformer Engine, put in through the layer spec.
 
 A micro-batch is one packed row: the tokens of all its sequences end to end, ``[T, 1, H]`` inside the model, with
-``PackedRows`` saying where each begins. On a GPU Transformer Engine reads the same object (not yet run on a GPU).
+``PackedRows`` saying where each begins. On a GPU Transformer Engine reads the same object.
 """
 
 import functools

@@ -51,7 +51,10 @@ class TrainerSamples:
 
     def __init__(self, config: Config, learner: Learner) -> None:
         self._config, self._learner = config, learner
-        self._task, self._tokens = load_task(config.task.name, **config.task.options), Chat(config.model.path)
+        self._task, self._tokens = (
+            load_task(config.task.name, **config.task.options),
+            Chat(config.model.path, config.model.thinking),
+        )
         self._prompts = PromptStream(self._task.train_questions(), config.rollout.prompts_per_step, config.seed)
         self._generator = torch.Generator(learner.device).manual_seed(config.seed)
         self.seconds = 0.0
@@ -135,7 +138,7 @@ def learned(name: str, config: Config) -> list[Finding]:
     scores = [row["eval/accuracy"] for row in rows.rows if "eval/accuracy" in row]
     steps = [row for row in rows.rows if "time/train" in row]
     seconds = time.perf_counter() - began
-    mismatch = [row[key] for row in steps[-4:] for key in row if key == "loss/engine_mismatch"]
+    mismatch = [row[key] for row in steps[-4:] for key in row if key == "loss/mismatch"]
     return [
         Finding(f"minipipe {name}: held-out accuracy before", scores[0]),
         at_least(f"minipipe {name}: after {len(steps)} batches", scores[-1], 0.95),
