@@ -16,6 +16,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOCK := requirements/torch.txt requirements/cpu.txt
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+QUICK := not slow and not gpu and not slurm and not nemo
+NEMO := .venv-nemo
+NEMO_STAMP := $(NEMO)/.installed
 # byte code is compiled at the first import instead: most modules of these packages are never imported here
 INSTALL := $(BIN)/python -m pip install --no-compile --disable-pip-version-check --quiet
 # a name alone is not enough: version managers leave shims that fail, and Debian splits venv off
@@ -24,25 +27,46 @@ USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3,
 # Byte code is kept, whatever the shell says: a run starts a dozen processes, and each would compile torch and SGLang anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow test-slurm test-nemo nemo-setup gpu-lock lint bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 setup: $(STAMP) ## build .venv from the lock (once, and again when the lock changes)
 
-$(STAMP): $(LOCK) pyproject.toml
+# a new environment in the directory of the target
+define MAKE_VENV
 	@python=; for name in $(or $(PYTHON),python3.11 python3.12 python3); do \
 	    if "$$name" -c '$(USABLE)' 2>/dev/null; then python="$$name"; break; fi; done; \
 	if [ -z "$$python" ]; then \
 	    echo "setup: no usable Python 3.11 or 3.12 (with venv) was found; install one, or pass PYTHON=/path/to/python3.11" >&2; \
 	    exit 1; fi; \
-	echo "setup: building $(VENV) with $$("$$python" --version); this takes a few minutes"; \
-	"$$python" -m venv --clear $(VENV)
+	echo "setup: building $(@D) with $$("$$python" --version); this takes a few minutes"; \
+	"$$python" -m venv --clear $(@D)
+endef
+
+$(STAMP): $(LOCK) pyproject.toml
+	$(MAKE_VENV)
 	@$(INSTALL) $(INDEX) --constraint requirements/cpu.txt --requirement requirements/torch.txt
 	@$(INSTALL) --no-deps --requirement requirements/cpu.txt
 	@$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
+
+nemo-setup: setup $(NEMO_STAMP) ## build .venv-nemo, from which NeMo-Run launches recipes (540 MB)
+
+$(NEMO_STAMP): requirements/nemo.txt
+	$(MAKE_VENV)
+	@$(NEMO)/bin/python -m pip install --no-compile --disable-pip-version-check --quiet --no-deps --requirement $<
+	@$(NEMO)/bin/python -m pip install --no-compile --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# The CUDA 12 core is what the source package of Transformer Engine's PyTorch part asks for, whatever its CUDA is; beside
+# the CUDA 13 core it would be the one that is loaded.
+gpu-lock: ## resolve requirements/gpu.txt for the container anew (needs uv), and what tests/test_container.py reads
+	uv pip compile --python-version 3.12 --python-platform x86_64-manylinux_2_39 --extra engine --extra gpu \
+	    --no-emit-package transformer-engine-cu12 --no-annotate --custom-compile-command "make gpu-lock" \
+	    --output-file requirements/gpu.txt pyproject.toml requirements/gpu.in
+	$(BIN)/python tools/container_metadata.py
 
 demo: setup ## train MiniPipe on this CPU, LAYOUT=tp2|pp2|tp1, SEED=0 (another seed is another machine to learn)
 	$(BIN)/megatron-sdpo train minipipe --layout $(LAYOUT) --run-dir $(RUN_DIR) seed=$(SEED) task.options.machine_seed=$(SEED)
@@ -53,10 +77,19 @@ lint: setup ## formatting, lint rules, types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint ## lint, then every test that needs no GPU and no long time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(QUICK)" --numprocesses 2 --dist loadfile
 
 test-slow: setup ## the long tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu and not slurm and not nemo"
+
+test-nemo: nemo-setup ## NeMo-Run, and NeMo-Run on a real Slurm where one can be started
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nemo -rs
+
+# As root on Debian it installs what is missing; elsewhere the tests say why they are skipped.
+test-slurm: setup ## whole jobs on a real Slurm with several nodes on this machine
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v slurmctld >/dev/null; then \
+	    tools/slurm_sandbox.sh install; fi
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm -rs
 
 bench: setup ## time trainer, saves and generation against their baselines (results belong in tools/BENCHMARKS.md)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_trainer.py
@@ -66,6 +99,6 @@ bench: setup ## time trainer, saves and generation against their baselines (resu
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tools/bench_checkpoint.py
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_generation.py
 
-clean: ## remove .venv, caches and build output (runs/ is kept)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+clean: ## remove environments, caches and build output (runs/ is kept)
+	rm -rf $(VENV) $(NEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

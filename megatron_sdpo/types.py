@@ -209,7 +209,8 @@ class Checkpoints(Protocol):
     """Writes the trainer's state when it is time to, beside training (loop.py)."""
 
     def save_if_due(self, cursor: int) -> dict[str, float]:
-        """After every step; what was measured of a checkpoint that has become complete since."""
+        """After every step; what was measured of a checkpoint that has become complete since. Raises, once the state is
+        on disk, when the run was asked to stop."""
         ...
 
     def finish(self) -> None:

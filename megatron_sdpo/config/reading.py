@@ -81,6 +81,11 @@ def _read(key: str, value: Any, text: str, kind: Any) -> Any:
         raise
 
 
+def read_value(key: str, text: str, kind: Any) -> Any:
+    """The value of ``key=text``, of the type ``kind``: JSON, ``none``, or text; ConfigError when it does not fit."""
+    return _read(key, _literal(text), text, kind)
+
+
 def _convert(key: str, value: Any, kind: Any) -> Any:
     try:
         converted = msgspec.convert(value, type=kind)

@@ -9,5 +9,8 @@
 ``stragglers``      which rank is slow, by its own work
 ``replay_trainer``  in a trainer's place, one step of a run again, taken apart
 ``local``           all roles on this machine: start, watch, stop together
+``doctor``          is this machine ready? with ``doctor_software`` and ``doctor_machine``
+``nemo``            NeMo-Run's command line; ``nemo_experiments``, ``nemo_executors`` below it
+``nemo_tasks``      what its jobs run, and ``nemo_step``, what they run it by; without NeMo-Run
 ==================  =====================================================================
 """

@@ -1,6 +1,7 @@
 """The coordinator's process: ``python -m megatron_sdpo.launch.coordinator RUN_DIR``."""
 
 import asyncio
+import os
 from functools import partial
 
 from megatron_sdpo import config as configuration
@@ -9,6 +10,7 @@ from megatron_sdpo.config import Config
 from megatron_sdpo.evaluate import evaluate
 from megatron_sdpo.launch.observation import DrawnSampler, drawn, timeline_of
 from megatron_sdpo.launch.role import play
+from megatron_sdpo.launch.roles import HOST
 from megatron_sdpo.launch.run_dir import RunDir, wait_for
 from megatron_sdpo.loop import make_batch
 from megatron_sdpo.rollout.client import EngineClient
@@ -79,7 +81,7 @@ async def _serve(run_dir: RunDir, config: Config, task: Task) -> None:
             "published": coordinator.published,
         }
         await serve(
-            config.engine.host,
+            os.environ.get(HOST, config.engine.host),
             token,
             drawn(handlers, timeline),
             listening=lambda url: run_dir.publish_address("coordinator", url),

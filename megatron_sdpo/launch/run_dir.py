@@ -96,6 +96,11 @@ class RunDir:
         return self.ranks / "hung"
 
     @property
+    def slurm(self) -> Path:
+        """``attempt-N/`` for each start of a batch job: its plan, what its nodes say, its logs (launch/cluster/)."""
+        return self.path / "slurm"
+
+    @property
     def token_file(self) -> Path:
         return self.path / "token"
 

@@ -19,6 +19,7 @@ from megatron_sdpo.launch.agreement import check_agreement
 from megatron_sdpo.launch.observation import TrainerObservation
 from megatron_sdpo.launch.role import play
 from megatron_sdpo.launch.run_dir import RunDir, wait_for
+from megatron_sdpo.launch.status import note_stopped, stop_requested
 from megatron_sdpo.launch.stragglers import OwnWork, StragglerLog
 from megatron_sdpo.launch.watchdog import Watchdog
 from megatron_sdpo.loop import as_batch, train
@@ -96,28 +97,45 @@ class NoEngines:
         pass
 
 
+class StopRequestedError(Exception):
+    """The run was asked to stop, and its state is on disk."""
+
+
 class DueCheckpoints:
     """Saves every ``checkpoint.every`` steps and after the last (types.Checkpoints); all ranks call in step.
+
+    When the run was asked to stop it saves at once, and raises StopRequestedError on all ranks when that is complete.
 
     ``time/checkpoint_background`` is how long writing took beside training, in the row of the step in which the
     checkpoint got its name.
     """
 
     def __init__(self, config: Config, learner: Learner, run_dir: RunDir) -> None:
-        self._config, self._learner = config, learner
+        self._config, self._learner, self._run_dir = config, learner, run_dir
         self._saver = checkpoint.Saver(learner, run_dir.checkpoints, config.checkpoint)
         self._journal = Journal(run_dir.attempts)
 
     def save_if_due(self, cursor: int) -> dict[str, float]:
         step, every = self._learner.step, self._config.checkpoint.every
-        due = step % every == 0 or step == self._config.steps
+        stops = step < self._config.steps and self._stop_requested()
+        due = stops or step % every == 0 or step == self._config.steps
         seconds = self._saver.poll(wait=due)
         if due:
             self._saver.begin(cursor, self._journal.counts(step - 1) if self._learner.groups.rank == 0 else {})
+        if stops:
+            self.finish()
+            raise StopRequestedError
         return {} if seconds is None else {"time/checkpoint_background": seconds}
 
     def finish(self) -> None:
         self._saver.poll(wait=True)
+
+    def _stop_requested(self) -> bool:
+        """What the first rank sees counts: file systems show a file here sooner than there."""
+        groups = self._learner.groups
+        box = [groups.rank == 0 and stop_requested(self._run_dir) is not None]
+        dist.broadcast_object_list(box, src=0, group=groups.world)
+        return box[0]
 
 
 def run(run_dir: RunDir) -> None:
@@ -151,8 +169,12 @@ def run(run_dir: RunDir) -> None:
         with phases("stop"):
             checkpoints.finish()
             raise kept(failure, run_dir, groups) from failure
-    with phases("export"):
-        save_hf(learner.model, run_dir.exported, groups, config.layout, config.model.path)
+    except StopRequestedError:  # on all ranks
+        if groups.rank == 0:
+            note_stopped(run_dir, learner.step)
+    else:
+        with phases("export"):
+            save_hf(learner.model, run_dir.exported, groups, config.layout, config.model.path)
     publisher.close()
     tracker.close()
     observation.close()

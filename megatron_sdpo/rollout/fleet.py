@@ -1,14 +1,12 @@
 """The engines of a run, and the router in front of them: start, watch, end."""
 
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +16,11 @@ import msgspec
 import psutil
 
 import megatron_sdpo
-from megatron_sdpo.config import Config, ConfigError
+from megatron_sdpo.config import Config
 from megatron_sdpo.rollout import lifeline
 from megatron_sdpo.rollout.control import EngineControl, EngineError
 from megatron_sdpo.rollout.cpu_sampling import SEEDED
+from megatron_sdpo.rollout.ports import http_url, take_ports
 from megatron_sdpo.types import EngineAddress
 
 POLL_S = 0.2
@@ -31,9 +30,6 @@ TAIL_LINES = 15
 TAIL_WIDTH = 400
 """Characters shown of a line of a log: SGLang writes all its settings, pages of them, into one line."""
 ROUTER = "router"
-FREE_PORTS = range(20_000, 32_000)
-"""Where free ports are looked for: below those that the kernel hands out, or a stranger's connection could be given
-an engine's port while the engine is still loading."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +51,29 @@ class _Running:
     log: Path
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one machine runs of a fleet. Example: ``Share(range(0, 2), "10.0.0.7", has_router=True)``"""
+
+    engines: range
+    host: str
+    """Address that they bind to, by which the other roles reach them."""
+    has_router: bool = True
+    """Whoever has the router waits for the engines of the other machines."""
+
+
 class Fleet:
-    """``config.engine.count`` engines on this machine, and with two or more of them a router.
+    """``config.engine.count`` engines, or this machine's ``share`` of them, and with two or more of them a router.
 
     Writes ``run_dir/logs/<name>.log`` and, once all answer, ``run_dir/addresses/<name>.json`` for
     ``engine-0 ...`` and for ``router``: the address for generation, which with a single engine is
     that engine's own. The processes end with the *thread* that called ``start``, even if it is killed.
     """
 
-    def __init__(self, config: Config, run_dir: Path, token: str) -> None:
+    def __init__(self, config: Config, run_dir: Path, token: str, share: Share | None = None) -> None:
         self._config = config
+        self._share = share or Share(range(config.engine.count), config.engine.host)
+        self._run_dir = run_dir
         self._logs = run_dir / "logs"
         self._addresses = run_dir / "addresses"
         self._token = token
@@ -88,38 +97,65 @@ class Fleet:
         log, when a process ends or is not ready within ``engine.start_timeout_s``; nothing is left
         running then.
         """
-        engine = self._config.engine
-        names = [f"engine-{i}" for i in range(engine.count)] + ([ROUTER] if engine.count > 1 else [])
-        ports = _ports(engine.host, engine.port, len(names))
+        engine, share = self._config.engine, self._share
+        names = [f"engine-{i}" for i in share.engines]
+        first = engine.port and engine.port + share.engines.start
+        ports = take_ports(share.host, first, len(names))
         addresses = [
-            EngineAddress(name, _url(engine.host, port), engine.tensor_parallel)
+            EngineAddress(name, http_url(share.host, port), engine.tensor_parallel)
             for name, port in zip(names, ports, strict=True)
         ]
         self._logs.mkdir(parents=True, exist_ok=True)
         self._addresses.mkdir(parents=True, exist_ok=True)
         self._forget_addresses()
-        self.engines = tuple(addresses[: engine.count])
+        self.engines = tuple(addresses)
         try:
-            for i, address in enumerate(self.engines):
-                self._launch(address, "engine_main", self._engine_arguments(i, ports[i]))
+            for i, address, port in zip(share.engines, addresses, ports, strict=True):
+                self._launch(address, "engine_main", self._engine_arguments(i, port))
             self._wait_until_healthy()
-            self.router = EngineAddress(ROUTER, self.engines[0].url, engine.tensor_parallel)
-            if engine.count > 1:
-                self.router = addresses[-1]
-                self._launch(self.router, "router_main", self._router_arguments(ports[-1]))
-                self._wait_until_healthy()
+            self._announce(*self.engines)
+            if share.has_router:
+                self.router = self._start_router()
+                self._announce(self.router)
         except BaseException:
             self.stop()
             raise
-        for address in (*self.engines, self.router):
+
+    def _start_router(self) -> EngineAddress:
+        """Where attempts are asked for, once it answers and knows all engines of the run."""
+        engine = self._config.engine
+        found = self._wait_for_all_engines()
+        if engine.count == 1:
+            return EngineAddress(ROUTER, found[0].url, engine.tensor_parallel)
+        first = engine.port and engine.port + engine.count
+        (port,) = take_ports(self._share.host, first, 1)
+        router = EngineAddress(ROUTER, http_url(self._share.host, port), engine.tensor_parallel)
+        self._launch(router, "router_main", self._router_arguments(port, found))
+        self._wait_until_healthy()
+        return router
+
+    def _wait_for_all_engines(self) -> tuple[EngineAddress, ...]:
+        """Those of other machines may need longer than these."""
+        timeout_s = self._config.engine.start_timeout_s
+        deadline = time.monotonic() + timeout_s
+        while len(found := read_engines(self._run_dir)) < self._config.engine.count:
+            self._refuse_dead()
+            if time.monotonic() > deadline:
+                message = f"{len(found)} of {self._config.engine.count} engines are there after {timeout_s:g} s"
+                raise EngineError(ROUTER, "at start", message + " (engine.start_timeout_s)")
+            time.sleep(POLL_S)
+        return found
+
+    def _announce(self, *addresses: EngineAddress) -> None:
+        for address in addresses:
             _write_atomically(self._addresses / f"{address.name}.json", msgspec.json.encode(address))
 
-    def stop(self) -> None:
-        """End every process: asked first, killed with all its children after ``GRACE_S``. May be called twice."""
+    def stop(self, grace_s: float = GRACE_S) -> None:
+        """End every process: asked first, killed with all its children after ``grace_s``. May be called twice."""
         self._forget_addresses()
         for running in self._running:
             running.process.terminate()  # its children are its own to end
-        _wait(GRACE_S, lambda: all(r.process.poll() is not None for r in self._running))
+        _wait(grace_s, lambda: all(r.process.poll() is not None for r in self._running))
         for running in self._running:
             with suppress(ProcessLookupError):  # the whole group has ended
                 os.killpg(running.process.pid, signal.SIGKILL)
@@ -142,16 +178,18 @@ class Fleet:
 
     def _engine_arguments(self, i: int, port: int) -> list[str]:
         config, engine = self._config, self._config.engine
-        (own_port,) = _ports(engine.host, 0, 1)  # SGLang's choice is one that the kernel may hand out meanwhile
+        (own_port,) = take_ports(
+            self._share.host, 0, 1
+        )  # SGLang's choice is one that the kernel may hand out meanwhile
         arguments = {
             "model-path": config.model.path,
-            "host": engine.host,
+            "host": self._share.host,
             "port": port,
             "nccl-port": own_port,
             "dtype": config.model.dtype,
             "context-length": config.model.max_length,
             "tp-size": engine.tensor_parallel,
-            "base-gpu-id": i * engine.tensor_parallel,
+            "base-gpu-id": (i - self._share.engines.start) * engine.tensor_parallel,
             "max-running-requests": engine.max_running_requests,
             "max-total-tokens": engine.max_total_tokens,
             "random-seed": config.seed + i,  # the same seed would make engines repeat each other's samples
@@ -163,21 +201,21 @@ class Fleet:
             given.append(SEEDED)
         return [*given, "--skip-tokenizer-init", *engine.extra_args]
 
-    def _router_arguments(self, port: int) -> list[str]:
-        engine = self._config.engine
-        (metrics_port,) = _ports(engine.host, 0, 1)
+    def _router_arguments(self, port: int, engines: Sequence[EngineAddress]) -> list[str]:
+        engine, host = self._config.engine, self._share.host
+        (metrics_port,) = take_ports(host, 0, 1)
         arguments = {
-            "host": engine.host,
+            "host": host,
             "port": port,
             "policy": "round_robin",
-            "prometheus-host": engine.host,
+            "prometheus-host": host,
             "prometheus-port": metrics_port,
             "request-timeout-secs": max(1, round(engine.request_timeout_s)),
             "max-concurrent-requests": -1,  # the coordinator decides how much is in flight
             "log-level": "warn",
         }
         given = [f"--{name}={value}" for name, value in arguments.items()]
-        return [*given, "--worker-urls", *(address.url for address in self.engines)]
+        return [*given, "--worker-urls", *(address.url for address in engines)]
 
     def _launch(self, address: EngineAddress, module: str, arguments: Sequence[str]) -> None:
         log = self._logs / f"{address.name}.log"
@@ -209,9 +247,7 @@ class Fleet:
         deadline = time.monotonic() + timeout_s
         waiting = list(self._running)
         while waiting:
-            for ended in self.dead():
-                message = f"ended with exit code {ended.exit_code}; the end of its log:\n{ended.log_tail}"
-                raise EngineError(ended.name, "at start", message)
+            self._refuse_dead()
             waiting = [running for running in waiting if not self._is_ready(running.address)]
             if waiting and time.monotonic() > deadline:
                 late = waiting[0]
@@ -220,22 +256,28 @@ class Fleet:
             if waiting:
                 time.sleep(POLL_S)
 
+    def _refuse_dead(self) -> None:
+        for ended in self.dead():
+            message = f"ended with exit code {ended.exit_code}; the end of its log:\n{ended.log_tail}"
+            raise EngineError(ended.name, "at start", message)
+
     def _is_ready(self, address: EngineAddress) -> bool:
         control = EngineControl(address, self._token)
         if address.name == ROUTER:  # it answers /health before it has found the engines
-            return control.healthy_workers() == len(self.engines)
+            return control.healthy_workers() == self._config.engine.count
         return control.health(timeout_s=2.0)
 
     def _forget_addresses(self) -> None:
-        for path in self._addresses.glob("*.json"):
-            if path.stem == ROUTER or path.stem.startswith("engine-"):
-                path.unlink(missing_ok=True)
+        """Those of this machine."""
+        names = [f"engine-{i}" for i in self._share.engines] + [ROUTER] * self._share.has_router
+        for name in names:
+            (self._addresses / f"{name}.json").unlink(missing_ok=True)
 
 
 def check_ports(config: Config) -> None:
     """Refuse ports that cannot be taken (``ConfigError``), before anything is started."""
     engine = config.engine
-    _ports(engine.host, engine.port, engine.count + (engine.count > 1))
+    take_ports(engine.host, engine.port, engine.count + (engine.count > 1))
 
 
 def read_address(run_dir: Path, name: str) -> EngineAddress | None:
@@ -253,47 +295,6 @@ def read_engines(run_dir: Path) -> tuple[EngineAddress, ...]:
     names.sort(key=lambda name: int(name.removeprefix("engine-")))
     found = [read_address(run_dir, name) for name in names]
     return tuple(address for address in found if address is not None)
-
-
-def _ports(host: str, first: int, count: int) -> list[int]:
-    """``first, first + 1 ...``, or free ones when ``first`` is 0; a taken port is refused."""
-    with ExitStack() as held:  # all held at once, or the same free port could come twice
-        if first:
-            return [_bind(held, host, first + i) for i in range(count)]
-        _bind(held, host, 0)  # an address that is not this machine's is refused here
-        ports: list[int] = []
-        for port in random.SystemRandom().sample(FREE_PORTS, len(FREE_PORTS)):
-            if len(ports) == count:
-                break
-            with suppress(ConfigError):
-                ports.append(_bind(held, host, port))
-        return ports
-
-
-def _bind(held: ExitStack, host: str, port: int) -> int:
-    """Hold a port until ``held`` is closed; ConfigError when it cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(1)
-    except OSError as error:
-        raise ConfigError(_port_words(host, port, error)) from error
-    return listener.getsockname()[1]
-
-
-def _port_words(host: str, port: int, error: OSError) -> str:
-    if port == 0 or isinstance(error, socket.gaierror):
-        return f"cannot bind to engine.host {host} ({error.strerror}); set it to an address of this machine"
-    return (
-        f"port {port} on {host} cannot be used ({error.strerror}); set engine.port to another first port,"
-        " or to 0 to take free ones"
-    )
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

@@ -12,6 +12,10 @@ import sys
 PARENT = "MEGATRON_SDPO_PARENT"
 """Environment variable: the process id of the parent to which the new process is tied."""
 
+KEEP_BLOCKED = "MEGATRON_SDPO_KEEP_BLOCKED"
+"""Environment variable: leave signals blocked that the parent had blocked. Slurm sends its warnings to every process of
+a step; the one that is meant blocks them for all the others, whatever handlers those install."""
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -21,9 +25,11 @@ def tie_to_parent() -> None:
     The processes that this one starts inherit the request, with this process as their parent. The
     kernel watches the parent's *thread* that made this process: start children from a thread that
     lives as long as they should. A process started by hand, without the variable, is not tied
-    itself, but its children are. Signals that the parent had blocked for itself are let through again.
+    itself, but its children are. Signals that the parent had blocked for itself are let through again, unless
+    ``KEEP_BLOCKED`` is set.
     """
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    if os.environ.get(KEEP_BLOCKED) is None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     parent = os.environ.get(PARENT)
     if parent is not None:
         end_with(int(parent))

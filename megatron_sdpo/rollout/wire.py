@@ -12,6 +12,8 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from megatron_sdpo.rollout.ports import port_range
+
 Kind = Literal["batch", "evaluate", "published", "baselines", "next_trial", "trained"]
 Argument = int | dict[str, float]
 Handler = Callable[[Any], Awaitable[Any]]
@@ -34,7 +36,8 @@ async def serve(host: str, token: str, handlers: dict[Kind, Handler], listening:
         socket.setsockopt(zmq.IPV6, 1)
     bracketed = f"[{host}]" if ":" in host else host
     try:
-        port = socket.bind_to_random_port(f"tcp://{bracketed}")
+        allowed = port_range()
+        port = socket.bind_to_random_port(f"tcp://{bracketed}", allowed.start, allowed.stop, max_tries=len(allowed))
         listening(f"tcp://{bracketed}:{port}")
         while True:
             frames = await socket.recv_multipart()
