@@ -16,6 +16,7 @@ TASKS = {**PLAIN_TASKS, "livecodebench": ("livecodebench", {"train_tests": "half
 
 EVERY_RUN: dict[str, Any] = {
     "model.dtype": "bfloat16",
+    "model.thinking": False,
     "rollout.max_new_tokens": 8192,
     "rollout.prompts_per_step": 32,
     "rollout.attempts_per_prompt": 8,

@@ -17,6 +17,9 @@ def add_plan(commands: Commands) -> None:
     command.add_argument("--nodes", type=int, default=1, help="of eight GPUs each")
     command.add_argument("--gpu", default="h100-80gb", help="a100-80gb, h100-80gb, h200-141gb, b200-180gb")
     command.add_argument("--architecture", help="a published model by name, or a directory with a config.json")
+    command.add_argument(
+        "--colocated", action="store_true", help="as if engines and trainer took turns on the same GPUs (a plan only)"
+    )
     command.add_argument("--suggest", action="store_true", help="rank the layouts of as many trainer ranks")
     for name in ("prompt", "response", "teacher-prompt"):
         command.add_argument(f"--{name}-tokens", type=int, metavar="N", help="of an average sample")
@@ -29,7 +32,8 @@ def plan(arguments: argparse.Namespace) -> None:
 
     lengths = (arguments.prompt_tokens, arguments.response_tokens, arguments.teacher_prompt_tokens)
     config = read_config(arguments)
-    print(plan_words(config, arguments.nodes, arguments.gpu, arguments.architecture, lengths, arguments.suggest))
+    asked = (arguments.architecture, lengths, arguments.suggest, arguments.colocated)
+    print(plan_words(config, arguments.nodes, arguments.gpu, *asked))
 
 
 def add_report(commands: Commands) -> None:

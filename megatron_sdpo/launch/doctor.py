@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sdpo.config import Config
+from megatron_sdpo.sandbox.lending import ExecutesPrograms
+from megatron_sdpo.tasks import task_class
 
 State = Literal["ok", "warn", "fail", "absent"]
 PROBE_S = 120.0
@@ -57,7 +59,7 @@ class Needs:
 
     @property
     def executes_programs(self) -> bool:
-        return self.config is not None and self.config.task.name in ("livecodebench",)
+        return self.config is not None and issubclass(task_class(self.config.task.name), ExecutesPrograms)
 
 
 Check = Callable[[Needs], Finding]

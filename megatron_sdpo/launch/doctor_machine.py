@@ -13,10 +13,11 @@ from pathlib import Path
 
 import psutil
 
-from megatron_sdpo.config import ConfigError
+from megatron_sdpo.config import ConfigError, SandboxConfig
 from megatron_sdpo.launch.doctor import Finding, Needs
 from megatron_sdpo.rollout.fleet import check_ports
 from megatron_sdpo.rollout.ports import port_range
+from megatron_sdpo.sandbox.selftest import check_local
 
 OLDEST_BWRAP = (0, 8)
 """The first with --disable-userns."""
@@ -32,8 +33,12 @@ BYTES_A_WEIGHT = 16
 
 
 def sandbox(needs: Needs) -> Finding:
-    """bubblewrap, and whether this user may make the namespaces that it needs."""
+    """bubblewrap, whether this user may make the namespaces that it needs, and whether the sandbox holds."""
     bad = "fail" if needs.executes_programs else "warn"
+    config = needs.config.sandbox if needs.config is not None else SandboxConfig()
+    if config.backend != "bubblewrap":
+        state = "warn" if config.backend == "unsafe-none" else "ok"
+        return Finding("sandbox", state, f"sandbox.backend={config.backend}", "" if state == "ok" else "set bubblewrap")
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         state = "fail" if needs.executes_programs else "absent"
@@ -49,7 +54,11 @@ def sandbox(needs: Needs) -> Finding:
         todo = "allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone, user.max_user_namespaces,"
         todo += " kernel.apparmor_restrict_unprivileged_userns; in a container, its seccomp profile)"
         return Finding("sandbox", bad, words[-1] if words else f"bwrap ended with {done.returncode}", todo)
-    return Finding("sandbox", "ok", told)
+    try:
+        check_local(config)
+    except ConfigError as error:
+        return Finding("sandbox", bad, told, str(error))
+    return Finding("sandbox", "ok", f"{told}, its own test passed")
 
 
 def disk(needs: Needs) -> Finding:

@@ -34,7 +34,7 @@ def load_task(name: str, **options: Any) -> Task:
     An unknown name, an unknown, missing or ill-typed option, and a class that cannot be imported or
     is no task raise ConfigError.
     """
-    kind = _task_class(name)
+    kind = task_class(name)
     task = kind(**_checked_options(name, kind, options))
     absent = [method for method in _METHODS if not callable(getattr(task, method, None))]
     if absent:
@@ -42,7 +42,8 @@ def load_task(name: str, **options: Any) -> Task:
     return task
 
 
-def _task_class(name: str) -> type:
+def task_class(name: str) -> type:
+    """The class of a task by name or dotted path; ConfigError where there is none."""
     path = TASKS.get(name, name)
     module_name, colon, class_name = path.partition(":")
     if not (module_name and colon and class_name):
