@@ -27,7 +27,7 @@ USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3,
 # Byte code is kept, whatever the shell says: a run starts a dozen processes, and each would compile torch and SGLang anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-slow test-slurm test-nemo nemo-setup gpu-lock lint bench clean
+.PHONY: help setup demo test test-gpu test-slow test-slurm test-nemo nemo-setup gpu-lock lint bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -82,6 +82,10 @@ test: lint ## lint, then every test that needs no GPU and no long time
 test-slow: setup ## the long tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu and not slurm and not nemo"
 
+test-gpu: ## on a machine with one Hopper GPU and Transformer Engine: the tests that need it, then what is right there
+	python3 -m pytest -m gpu
+	python3 tools/gpu_check.py
+
 test-nemo: nemo-setup ## NeMo-Run, and NeMo-Run on a real Slurm where one can be started
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nemo -rs
 
@@ -98,6 +102,8 @@ bench: setup ## time trainer, saves and generation against their baselines (resu
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_batch_sizes.py
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tools/bench_checkpoint.py
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_generation.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_graders.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_sandbox.py
 
 clean: ## remove environments, caches and build output (runs/ is kept)
 	rm -rf $(VENV) $(NEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
