@@ -77,15 +77,14 @@ class Conductor:
             self._retries = before.retries
         try:
             if before is not None and before.state == "running" and self._job.is_restart:
-                self._retries += 1
-                self._check_retries(f"{before.attempt} ended without a word: its first node may have been lost")
+                self._count_attempt(before.step, f"{before.attempt} ended without a word; was its first node lost?")
             status = self._attempted(arguments, before)
         except ConfigError as error:
             status = self._status("failed", str(error))
         except Failed as failure:
             status = self._after(failure)
         except StoppedEarly as stopped:
-            status = self._status("interrupted", str(stopped))
+            status = self._to_be_continued(str(stopped))
         write_status(self._run_dir, status)
         self._attempt.write("end", status.state)
         return status
@@ -115,7 +114,7 @@ class Conductor:
             self._watch(plan)
             write_timeline(self._run_dir.path)
         if has_stopped(self._run_dir):
-            return self._status("interrupted", stop_requested(self._run_dir) or "asked to stop")
+            return self._to_be_continued(stop_requested(self._run_dir) or "asked to stop")
         self._report()
         return self._status("finished", "")
 
@@ -234,16 +233,20 @@ class Conductor:
                 file.writelines(f"{name}\n" for name in names)
         if not failure.is_worth_a_retry:
             return self._status("failed", str(failure))
-        self._retries += 1
+        return self._to_be_continued(str(failure))
+
+    def _to_be_continued(self, sentence: str) -> Status:
         try:
-            self._check_retries(str(failure))
+            self._count_attempt(self._began_at, sentence)
         except Failed as last:
             return self._status("failed", str(last))
-        return self._status("interrupted", str(failure))
+        return self._status("interrupted", sentence)
 
-    def _check_retries(self, sentence: str) -> None:
+    def _count_attempt(self, began_at: int, sentence: str) -> None:
+        """An attempt that began at step ``began_at`` has ended; Failed after too many that got nowhere."""
+        self._retries = 0 if newest_checkpoint(self._run_dir) > began_at else self._retries + 1
         if self._retries > self._site.retries:
-            raise Failed(f"{sentence}; started again {self._site.retries} times already (SDPO_RETRIES)", False)
+            raise Failed(f"{sentence}; {self._retries} attempts in a row got nowhere (SDPO_RETRIES)", False)
 
     def _rendezvous(self) -> str:
         address = self._facts[self._job.node].address

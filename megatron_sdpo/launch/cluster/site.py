@@ -27,7 +27,7 @@ class Site:
     node_timeout_s: float = 60.0
     """A node that has shown no life for so long is lost."""
     retries: int = 3
-    """How often a job is started again after a failure; time limits and preemptions do not count."""
+    """How many attempts in a row may end without a new checkpoint before the job is not started again."""
     measure: bool = True
     """Measure all-reduces before the roles start."""
     min_node_gb_s: float = 0.0
