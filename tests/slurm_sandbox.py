@@ -98,7 +98,8 @@ def sandbox(nodes: int) -> Iterator[Sandbox]:
     settings = {
         "SANDBOX_DIR": folder,
         "SANDBOX_BRIDGE": "sltest",
-        "SANDBOX_SUBNET": "10.79.0",
+        "SANDBOX_SUBNET": "10.91.77",
+        "SANDBOX_PREFIX": "t",
         "SANDBOX_PORT": "18817",
         "NODES": str(nodes),
         "GPUS": "8",
