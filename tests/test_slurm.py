@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,14 +101,18 @@ def test_a_wrong_configuration_fails_at_once_with_the_sentence(slurm: Sandbox, t
 
 
 def test_the_time_limit_leads_to_a_checkpoint_and_a_requeue(slurm: Sandbox, tmp_path: Path) -> None:
-    options = ("--time=2", "--signal=B:USR1@65")
-    job = minipipe(slurm, tmp_path, "steps=150", "checkpoint.every=1000", options=options)
-    job.until(lambda: "got USR1" in job.text(), 120)
-    assert last_step(job) < 150, "too fast for this test"
-    assert job.end(420) == "COMPLETED", job.text()
-    assert int(job.last["Restarts"]) >= 1
-    assert "interrupted at step" in job.text() and "the time limit is near" in job.text()
-    assert_complete(job, 150)
+    """The limit is moved so near that the warning is due; while the job waits in the queue, it is moved away."""
+    job = minipipe(slurm, tmp_path, "steps=60", "checkpoint.every=1000", options=("--time=20", "--signal=B:USR1@65"))
+    job.until(lambda: last_step(job) >= 2)
+    hours, minutes, _ = map(int, job.look()["RunTime"].split(":"))
+    slurm.client("scontrol", "update", f"JobId={job.number}", f"TimeLimit={hours * 60 + minutes + 2}")
+    job.until(lambda: job.look()["Restarts"] == "1")
+    slurm.client("scontrol", "update", f"JobId={job.number}", "TimeLimit=20")
+    assert "got USR1" in job.text()
+    assert re.search(r"attempt-001 interrupted at step ([1-9]|[1-5]\d): the time limit is near", job.text()), job.text()
+    assert job.end(300) == "COMPLETED", job.text()
+    assert job.last["Restarts"] == "1"
+    assert_complete(job, 60)
 
 
 def test_preemption_leads_to_a_checkpoint_and_a_requeue(slurm: Sandbox, tmp_path: Path) -> None:
