@@ -141,7 +141,7 @@ class Node:
         self._fleet.start()
 
     def _look_after_roles(self) -> None:
-        for ended in self._fleet.dead() if self._fleet else ():
+        for ended in self._fleet.tend() if self._fleet else ():
             self._fail(ended.name, words_of_end(ended.name, ended.exit_code, self._where(), ended.log_tail))
         for role in self._roles:
             code, kind = role.process.poll(), role.name.partition("-")[0]
