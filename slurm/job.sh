@@ -52,6 +52,7 @@ warned() { say "got $1: asked the trainer to save and stop"; echo "$2" >"$SDPO_R
 
 requeue() {
   local state excluded
+  trap '' TERM USR1 # what puts the job back ends this script; the commands after it must still run
   state=$(scontrol show job "$SLURM_JOB_ID" | grep -oE 'JobState=[A-Z_]+' | head -1)
   if [ "$state" = JobState=CANCELLED ]; then say "cancelled: not put back into the queue"; exit 1; fi
   if [ -s "$SDPO_RUN_DIR/excluded-nodes" ]; then

@@ -92,15 +92,16 @@ class Job:
 
 
 @contextmanager
-def sandbox(nodes: int) -> Iterator[Sandbox]:
+def sandbox(nodes: int, prefix: str, number: int) -> Iterator[Sandbox]:
+    """``prefix`` of the nodes' names and ``number`` keep it apart from others on this machine."""
     folder = tempfile.mkdtemp(prefix="slurm-test-")
     os.chmod(folder, 0o755)  # munge runs as another user
     settings = {
         "SANDBOX_DIR": folder,
-        "SANDBOX_BRIDGE": "sltest",
-        "SANDBOX_SUBNET": "10.91.77",
-        "SANDBOX_PREFIX": "t",
-        "SANDBOX_PORT": "18817",
+        "SANDBOX_BRIDGE": f"sltest{number}",
+        "SANDBOX_SUBNET": f"10.91.{number}",
+        "SANDBOX_PREFIX": prefix,
+        "SANDBOX_PORT": str(18_817 + 10 * number),
         "NODES": str(nodes),
         "GPUS": "8",
         "SLURMD_TIMEOUT": "15",

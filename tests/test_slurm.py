@@ -24,7 +24,7 @@ SHORT = ("evaluation.every=0", "rollout.prompts_per_step=4", "optim.mini_batches
 def slurm() -> Iterator[Sandbox]:
     if reason := why_not():
         pytest.skip(reason)
-    with sandbox(nodes=3) as started:
+    with sandbox(nodes=3, prefix="t", number=1) as started:
         yield started
 
 

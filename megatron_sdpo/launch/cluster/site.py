@@ -22,6 +22,8 @@ class Site:
     fabric: str = ""
     """Interface whose address the other nodes use; empty: the address that the node's own name has."""
     nvidia_smi: str = "nvidia-smi"
+    infiniband: str = "/sys/class/infiniband"
+    """Where the kernel shows the adapters."""
     start_timeout_s: float = 300.0
     """How long nodes may need to show themselves."""
     node_timeout_s: float = 60.0

@@ -1,0 +1,87 @@
+"""The batch script of the 70B recipe on as many nodes as it needs, with fake GPUs: accepted, rendered as expected."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm_sandbox import ROOT, Job, Sandbox, sandbox, why_not
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+GOLDEN = ROOT / "tests" / "golden" / "sdpo_70b.json"
+"""After a wanted change: copy what the failing test prints."""
+NODES = 16
+GEOMETRY = (
+    *("layout.tensor_parallel=8", "layout.pipeline_parallel=4", "layout.world_size=64"),
+    *("engine.count=16", "engine.tensor_parallel=4"),
+)
+SMI = """#!/bin/bash
+if [ "$1" = topo ]; then
+  for i in {0..7}; do
+    echo -n "GPU$i"
+    for j in {0..7}; do [ $i = $j ] && echo -n " X" || echo -n " NV18"; done
+    echo
+  done
+  exit
+fi
+last=7; [ "$SLURMD_NODENAME" = h3 ] && last=6
+for ((i = 0; i <= last; i++)); do
+  echo "$i, NVIDIA H100 80GB HBM3, 550.54.15, 9.0, 0, 1980, Not Active"
+done
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Sandbox]:
+    if reason := why_not():
+        pytest.skip(reason)
+    with sandbox(nodes=NODES + 1, prefix="h", number=2) as started:
+        yield started
+
+
+def submit(slurm: Sandbox, folder: Path, *options: str) -> Job:
+    smi, adapters = folder / "nvidia-smi", folder / "infiniband"
+    smi.write_text(SMI)
+    smi.chmod(0o755)
+    for i in range(8):
+        port = adapters / f"mlx5_{i}" / "ports" / "1"
+        port.mkdir(parents=True)
+        (port / "state").write_text("4: ACTIVE\n")
+        (port / "link_layer").write_text("InfiniBand\n")
+    settings = {
+        "SDPO_DRY_RUN": "1",
+        "SDPO_RECIPE": "minipipe",
+        "SDPO_NVIDIA_SMI": str(smi),
+        "SDPO_INFINIBAND": str(adapters),
+    }
+    return slurm.submit("sdpo_70b.sh", folder, *GEOMETRY, options=options, **settings)
+
+
+def rendered(job: Job) -> str:
+    """The plan with what differs between machines by name."""
+    text = (job.run_dir / "slurm" / "latest" / "plan.json").read_text()
+    text = text.replace(str(job.run_dir), "RUN_DIR").replace(sys.executable, "PYTHON")
+    return json.dumps(json.loads(text), indent=1) + "\n"
+
+
+def test_the_real_geometry_is_accepted_and_a_node_with_a_lost_gpu_is_left_out(slurm: Sandbox, tmp_path: Path) -> None:
+    job = submit(slurm, tmp_path)
+    assert job.end(400) == "COMPLETED", job.text()
+    assert "preflight: node h3 has 7 GPUs, not SDPO_GPUS_PER_NODE 8" in job.text()
+    assert (job.run_dir / "excluded-nodes").read_text() == "h3\n"
+    assert job.last["Restarts"] == "1" and job.last["ExcNodeList"] == "h3"
+    assert json.loads((job.run_dir / "preflight" / "h3.json").read_text())["gpus"] == "checked"
+    assert rendered(job) == GOLDEN.read_text(), rendered(job)
+
+
+def test_engines_may_have_nodes_of_their_own_kind(slurm: Sandbox, tmp_path: Path) -> None:
+    """A heterogeneous job: the first component trains, the second generates."""
+    each = ("--nodes=8", "--ntasks-per-node=1", "--gpus-per-node=8", "--exclude=h3", "--exclusive")
+    job = submit(slurm, tmp_path, *each, ":", *each)
+    assert job.end(400) == "COMPLETED", job.text()
+    assert re.search(r"on h1,h2,h4,h5,h6,h7,h8,h9 h10,h11,h12,h13,h14,h15,h16,h17$", job.text(), re.MULTILINE)
+    assert json.loads(rendered(job)) == json.loads(GOLDEN.read_text())
