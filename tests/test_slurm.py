@@ -77,7 +77,7 @@ def test_two_nodes_train_to_the_end_and_not_again(slurm: Sandbox, tmp_path: Path
     assert_complete(job, 3)
     first = slurm.client("scontrol", "show", "hostnames", job.last["NodeList"]).split()[0]
     plan = json.loads((job.run_dir / "slurm" / "latest" / "plan.json").read_text())["nodes"]
-    assert [(n["trainer_ranks"], n["engines"]) for n in plan] == [([0, 1], []), ([], ["engine-0"])]
+    assert [(n["trainer_ranks"], n["engines"]) for n in plan] == [("0-1", []), ("none", ["engine-0"])]
     assert plan[0]["node"] == first and plan[1]["node"] != first
     assert {path.name for path in (job.run_dir / "preflight").iterdir()} == {f"{n['node']}.json" for n in plan}
     logs = job.run_dir / "logs"

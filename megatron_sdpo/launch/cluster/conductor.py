@@ -6,6 +6,7 @@ writes how the attempt ended into ``RUN_DIR/status.json``, by which slurm/job.sh
 
 import json
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +17,11 @@ from megatron_sdpo.config import Config, ConfigError
 from megatron_sdpo.launch.cluster.attempt import Attempt
 from megatron_sdpo.launch.cluster.facts import Facts, facts_of
 from megatron_sdpo.launch.cluster.health import Measured, Unfit, judge_facts, judge_measured
-from megatron_sdpo.launch.cluster.node import role_commands, run_order
+from megatron_sdpo.launch.cluster.node import role_commands, role_environment, run_order
 from megatron_sdpo.launch.cluster.site import Job, Site, read_job, read_site
 from megatron_sdpo.launch.cluster.split import Plan, split
 from megatron_sdpo.launch.preflight import check_run
-from megatron_sdpo.launch.roles import HOST, POLL_S
+from megatron_sdpo.launch.roles import POLL_S
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.launch.status import (
     State,
@@ -279,11 +280,14 @@ def rendered(plan: Plan, facts: Mapping[str, Facts], run_dir: RunDir) -> dict[st
         {
             "node": node.name,
             "address": facts[node.name].address,
-            "trainer_ranks": list(node.ranks),
+            "trainer_ranks": f"{node.ranks.start}-{node.ranks.stop - 1}" if node.ranks else "none",
             "engines": [f"engine-{i}" for i in node.engines],
             "has_coordinator_and_router": node.is_coordinator,
-            "commands": role_commands(node, trainers, rendezvous, run_dir),
-            "environment": {**facts[node.name].environment, HOST: facts[node.name].address},
+            "commands": {
+                name: shlex.join(command)
+                for name, command in role_commands(node, trainers, rendezvous, run_dir).items()
+            },
+            "environment": role_environment(node, facts[node.name]),
         }
         for node in plan.nodes
     ]

@@ -140,7 +140,6 @@ def gpu_settings(gpus: tuple[GpuFacts, ...], nvlink: bool, sysfs: Path) -> dict[
     return {
         "NCCL_NVLS_ENABLE": str(int(nvls)),
         "NCCL_CUMEM_ENABLE": "0",  # SGLang switches it off, and both are in the group that carries weights
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron counts on kernels to start in order
         **fabric,
     }
 

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import Config, ConfigError
 from megatron_sdpo.launch.cluster.attempt import Attempt
-from megatron_sdpo.launch.cluster.facts import find_facts
+from megatron_sdpo.launch.cluster.facts import Facts, find_facts
 from megatron_sdpo.launch.cluster.site import Job, Site, read_job, read_site
 from megatron_sdpo.launch.cluster.split import NodePlan
 from megatron_sdpo.launch.roles import HOST, POLL_S, Role, environment, start_role, stop_roles, words_of_end
@@ -45,7 +45,7 @@ class Node:
         self._fleet: Fleet | None = None
         self._measuring: subprocess.Popen[bytes] | None = None
         self._told: set[str] = set()
-        self._facts = None
+        self._facts: Facts | None = None
         self._conductor: subprocess.Popen[bytes] | None = None
         if job.is_first:
             os.environ[lifeline.PARENT] = str(os.getpid())
@@ -127,7 +127,7 @@ class Node:
         own, trainers = plan_of(order, self._job.node)
         commands = role_commands(own, trainers, str(order["rendezvous"]), self._run_dir)
         os.environ[lifeline.PARENT] = str(os.getpid())
-        variables = {**environment(config), HOST: self._facts.address}
+        variables = environment(config) | role_environment(own, self._facts)
         for name, command in commands.items():
             role = start_role(name, command, self._run_dir, variables, speaks=0 in own.ranks)
             self._roles.append(role)
@@ -200,6 +200,13 @@ def role_commands(own: NodePlan, trainers: Sequence[str], rendezvous: str, run_d
         name = "trainer" if len(trainers) == 1 else f"trainer-{own.name}"
         commands[name] = [*where, "megatron_sdpo.launch.trainer", str(run_dir.path)]
     return commands
+
+
+def role_environment(own: NodePlan, facts: Facts) -> dict[str, str]:
+    """What a node's roles get because of where they run."""
+    # Megatron counts on kernels to start in the order in which they are launched.
+    in_order = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if own.has_trainers and facts.gpus else {}
+    return {**facts.environment, HOST: facts.address, **in_order}
 
 
 def torchrun(nodes: Sequence[str], node: str, ranks: int, rendezvous: str) -> list[str]:
