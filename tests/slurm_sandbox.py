@@ -25,6 +25,11 @@ def why_not() -> str | None:
     return f"{', '.join(missing)} not installed; tools/slurm_sandbox.sh install" if missing else None
 
 
+def has_pyxis() -> bool:
+    """What tools/fake_pyxis.c needs to be built is here."""
+    return shutil.which("gcc") is not None and Path("/usr/include/slurm/spank.h").exists()
+
+
 @dataclass
 class Sandbox:
     """Commands of its clients and its nodes."""
@@ -106,6 +111,7 @@ def sandbox(nodes: int, prefix: str, number: int) -> Iterator[Sandbox]:
         "GPUS": "8",
         "SLURMD_TIMEOUT": "15",
         "KILLWAIT": "15",
+        "PYXIS": "1" if has_pyxis() else "",
     }
     found = Sandbox(settings)
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm_sandbox import ROOT, Job, Sandbox, sandbox, why_not
+from tests.slurm_sandbox import ROOT, Job, Sandbox, has_pyxis, sandbox, why_not
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -43,7 +43,7 @@ def slurm() -> Iterator[Sandbox]:
         yield started
 
 
-def submit(slurm: Sandbox, folder: Path, *options: str) -> Job:
+def submit(slurm: Sandbox, folder: Path, *options: str, **more: str) -> Job:
     smi, adapters = folder / "nvidia-smi", folder / "infiniband"
     smi.write_text(SMI)
     smi.chmod(0o755)
@@ -57,6 +57,7 @@ def submit(slurm: Sandbox, folder: Path, *options: str) -> Job:
         "SDPO_RECIPE": "minipipe",
         "SDPO_NVIDIA_SMI": str(smi),
         "SDPO_INFINIBAND": str(adapters),
+        **more,
     }
     return slurm.submit("sdpo_70b.sh", folder, *GEOMETRY, options=options, **settings)
 
@@ -89,3 +90,27 @@ def test_engines_may_have_nodes_of_their_own_kind(slurm: Sandbox, tmp_path: Path
     plan = json.loads(rendered(job))["nodes"]
     assert [node["node"] for node in plan if node["trainer_ranks"] != "none"] == trainers
     assert [node["node"] for node in plan if node["engines"]] == engines
+
+
+def test_nodes_may_work_inside_a_container(slurm: Sandbox, tmp_path: Path) -> None:
+    """srun gets the image and the mounts; the stand-in for pyxis tells the nodes' processes."""
+    if not has_pyxis():
+        pytest.skip("the stand-in for pyxis needs gcc and libslurm-dev")
+    python, told = tmp_path / "python", tmp_path / "told"
+    told.mkdir()
+    python.write_text(f'#!/bin/sh\nenv | grep FAKE_PYXIS | sort >{told}/$SLURMD_NODENAME\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    container = {
+        "SDPO_PYTHON": str(python),
+        "SDPO_CONTAINER": "/images/sdpo.sqsh",
+        "SDPO_MOUNTS": f"{told}:/mnt",
+    }
+    job = submit(slurm, tmp_path, "--exclude=h3", **container)
+    assert job.end(400) == "COMPLETED", job.text()
+    words = {path.read_text() for path in told.iterdir()}
+    own = ",".join(f"{path}:{path}" for path in sorted((str(ROOT), str(job.run_dir))))
+    assert len(list(told.iterdir())) == NODES and words == {
+        "FAKE_PYXIS_IMAGE=/images/sdpo.sqsh\n"
+        f"FAKE_PYXIS_MOUNTS={own},{told}:/mnt\n"
+        f"FAKE_PYXIS_NO_MOUNT_HOME=\nFAKE_PYXIS_WORKDIR={ROOT}\n"
+    }
