@@ -62,7 +62,8 @@ requeue() {
   local state excluded
   trap '' TERM USR1 # what puts the job back ends this script; the commands after it must still run
   state=$(scontrol show job "$SLURM_JOB_ID" | grep -oE 'JobState=[A-Z_]+' | head -1)
-  if [ "$state" = JobState=CANCELLED ]; then say "cancelled: not put back into the queue"; exit 1; fi
+  # One that is cancelled is COMPLETING by now, as is one that Slurm itself puts back; neither must be put back here.
+  if [ "$state" != JobState=RUNNING ]; then say "the job is being ended (${state#*=}): not put back into the queue"; exit 1; fi
   if [ -s "$SDPO_RUN_DIR/excluded-nodes" ]; then
     excluded=$(sort -u "$SDPO_RUN_DIR/excluded-nodes" | paste -sd,)
     say "back into the queue, without $excluded"
