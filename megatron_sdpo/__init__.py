@@ -3,8 +3,9 @@
 The data meets the files in this order; an import never points up the list (tests/test_imports.py)::
 
     types  phases  timeline  config  hf_config  flops  tasks  sandbox  chat  rollout  teacher_context  batching
-    vocabulary  divergence  fused  credit  objective  teacher  guard  spikes  mcore  reshard  loop
-    discovery  evaluate  tracking  profiler  report  scaling  launch  cli
+    vocabulary_kernels  vocabulary  divergence  fused  credit  objective  teacher  guard  spikes
+    quantization_kernels  quantization  mcore  reshard  loop  discovery  evaluate  tracking  profiler  report
+    scaling  launch  cli
 """
 
 __version__ = "0.1.0"

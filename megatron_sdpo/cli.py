@@ -8,8 +8,6 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import math
-import re
 import signal
 import sys
 import time
@@ -25,17 +23,6 @@ from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.rollout.control import EngineError
 from megatron_sdpo.tracking import read_metrics
 from recipes import recipe, recipes
-
-_LAYOUT = re.compile(
-    r"(?:tp(?P<tp>\d+)(?P<sp>sp)?)?(?:pp(?P<pp>\d+)(?:vp(?P<vp>\d+))?)?(?:cp(?P<cp>\d+))?"
-    r"(?:ep(?P<ep>\d+)(?:et(?P<et>\d+))?)?(?:dp(?P<dp>\d+)(?P<do>do)?)?"
-)
-_LAYOUT_KEYS = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert"}
-_LAYOUT_HELP = (
-    "trainer ranks by kind, in this order: tp2 (tp2sp: with sequence parallelism), pp2 (pp2vp2: interleaved), cp2, ep2"
-    " (ep2et1: each expert whole; ranks of tp, cp and dp hold the experts, as many dp as that takes), dp2 (dp2do: with"
-    " the distributed optimizer), e.g. tp2pp2, tp1 (short for layout.* keys)"
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -80,7 +67,7 @@ def train(arguments: argparse.Namespace) -> None:
         return
     run_dir = RunDir(Path(config.run_dir))
     began = time.perf_counter()
-    print(f"{config.name}: {config.steps} steps in {run_dir.path}, trainer {_layout_words(config)}, ", end="")
+    print(f"{config.name}: {config.steps} steps in {run_dir.path}, trainer {_trainer_words(config)}, ", end="")
     print(f"{config.engine.count} engine(s); starting takes about half a minute", flush=True)
     run_locally(config, run_dir)
     from megatron_sdpo.report import write_report  # loads matplotlib
@@ -109,7 +96,7 @@ def discover(arguments: argparse.Namespace) -> None:
         return
     began = time.perf_counter()
     print(
-        f"{config.name}: {', '.join(config.discovery.methods)} in {run_dir.path}, trainer {_layout_words(config)}, ",
+        f"{config.name}: {', '.join(config.discovery.methods)} in {run_dir.path}, trainer {_trainer_words(config)}, ",
         end="",
     )
     print(f"{config.engine.count} engine(s); starting takes about half a minute", flush=True)
@@ -171,7 +158,7 @@ def replay(arguments: argparse.Namespace) -> None:
     own = run_dir.replay(step)
     Request(str(run_dir.path), step, arguments.detect_anomaly).save(own.path)
     debug = dataclasses.replace(config.debug, from_journal=str(journal))
-    print(f"replay of step {step} of {run_dir.path}, trainer {_layout_words(config)}; log {own.logs / 'trainer.log'}")
+    print(f"replay of step {step} of {run_dir.path}, trainer {_trainer_words(config)}; log {own.logs / 'trainer.log'}")
     run_locally(dataclasses.replace(config, run_dir=str(own.path), debug=debug), own, REPLAY)
 
 
@@ -187,7 +174,7 @@ def plan(arguments: argparse.Namespace) -> None:
 def _config(arguments: argparse.Namespace) -> Config:
     overrides = list(arguments.overrides)
     if arguments.layout is not None:
-        overrides = [*layout_overrides(arguments.layout), *overrides]
+        overrides = [*configuration.layout_overrides(arguments.layout), *overrides]
     if arguments.run_dir is not None:
         overrides.append(f"run_dir={arguments.run_dir}")
     config = configuration.apply_overrides(recipe(arguments.recipe), overrides)
@@ -211,41 +198,8 @@ def _discovery_config(arguments: argparse.Namespace) -> Config:
     return dataclasses.replace(config, steps=config.discovery.budget // config.rollout.attempts_per_prompt)
 
 
-def layout_overrides(name: str) -> list[str]:
-    """The ``layout.*`` keys that a name such as ``tp2spep2et1`` is short for."""
-    match = _LAYOUT.fullmatch(name)
-    if not name or match is None:
-        raise ConfigError(
-            f"--layout {name!r} is not a layout; write tp2, pp2, tp2pp2, tp1 or the like: tp2sp, pp2vp2, cp2, ep2,"
-            " dp2do in this order"
-        )
-    found = match.groupdict()
-    sizes = {kind: int(found[kind] or 1) for kind in ("tp", "pp", "cp", "dp", "vp", "ep")}
-    if found["dp"] is None:  # the fewest that make ranks for all experts
-        holders, others = sizes["ep"] * int(found["et"] or sizes["tp"]), sizes["tp"] * sizes["cp"]
-        sizes["dp"] = max(1, holders // max(1, math.gcd(holders, others)))
-    return [
-        *(f"layout.{key}_parallel={sizes[kind]}" for kind, key in _LAYOUT_KEYS.items()),
-        f"layout.virtual_pipeline={sizes['vp']}",
-        f"layout.sequence_parallel={json.dumps(found['sp'] is not None)}",
-        *([f"layout.expert_tensor_parallel={found['et']}"] if found["et"] else []),
-        *(["layout.distributed_optimizer=true"] if found["do"] else []),
-        f"layout.world_size={sizes['tp'] * sizes['pp'] * sizes['cp'] * sizes['dp']}",
-    ]
-
-
-def _layout_words(config: Config) -> str:
-    layout = config.layout
-    words = [f"tp{layout.tensor_parallel}{'sp' * layout.sequence_parallel}"]
-    words.append(
-        f"pp{layout.pipeline_parallel}" + (f"vp{layout.virtual_pipeline}" if layout.virtual_pipeline > 1 else "")
-    )
-    if layout.context_parallel > 1:
-        words.append(f"cp{layout.context_parallel}")
-    if layout.expert_parallel > 1:
-        slices = f"et{layout.expert_tensor}" if layout.expert_tensor != layout.tensor_parallel else ""
-        words.append(f"ep{layout.expert_parallel}{slices}")
-    return f"{' x '.join(words)} on {layout.world_size} rank(s)"
+def _trainer_words(config: Config) -> str:
+    return f"{configuration.layout_name(config.layout)} on {config.layout.world_size} rank(s)"
 
 
 def _with_model(config: Config, model: str | None) -> Config:
@@ -383,7 +337,7 @@ def _recipe_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change one configuration value, e.g. optim.lr=1e-3"
     )
-    command.add_argument("--layout", help=_LAYOUT_HELP)
+    command.add_argument("--layout", help=configuration.LAYOUT_HELP)
     command.add_argument("--run-dir", help="where everything is written (short for run_dir=)")
 
 

@@ -157,6 +157,9 @@ def _add_product(total_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
     if total_VH.dtype == grad_CV.dtype:
         total_VH.addmm_(grad_CV.t(), hidden_CH)
         return
+    if grad_CV.is_cuda:  # one product that adds to what is there
+        torch.addmm(total_VH, grad_CV.t(), hidden_CH, out_dtype=total_VH.dtype, out=total_VH)  # pyright: ignore
+        return
     entries = max(1, SLICE // hidden_CH.shape[1])  # the product of all entries would be a second gradient of the head
     for part_VH, part_CV in zip(total_VH.split(entries), grad_CV.split(entries, dim=1), strict=True):
         part_VH += part_CV.t() @ hidden_CH

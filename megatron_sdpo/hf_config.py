@@ -187,6 +187,7 @@ def check_model(config: Config, model: dict[str, Any]) -> None:
         )
     _check_experts_layout(config, model)
     _check_recompute(config, model)
+    _check_fp8(config, model)
     objective = config.objective
     keeps_tokens = objective.has_teacher and objective.support == "top_k"
     if keeps_tokens and objective.kept_tokens >= model["vocab_size"]:
@@ -243,3 +244,34 @@ def _check_recompute(config: Config, model: dict[str, Any]) -> None:
             f"layout.distribute_saved_activations cuts tokens of {model['hidden_size']} numbers into"
             f" {layout.tensor_parallel} equal parts, which is impossible; set it to false"
         )
+
+
+def _check_fp8(config: Config, model: dict[str, Any]) -> None:
+    """Refuse weights whose shards the blocks do not divide: scales would then be of other blocks than an engine's."""
+    fp8, layout = config.fp8, config.layout
+    if not fp8.kinds:
+        return
+    layers = model["num_hidden_layers"] // (layout.pipeline_parallel * layout.virtual_pipeline)
+    if 2 * fp8.high_precision_layers >= model["num_hidden_layers"] or fp8.high_precision_layers > layers:
+        raise ConfigError(
+            f"fp8.high_precision_layers {fp8.high_precision_layers} at each end leave none of the model's"
+            f" {model['num_hidden_layers']} layers for FP8, or are more than a stage's {layers}; lower it"
+        )
+    unit = {"blockwise": 128, "tensorwise": 16}.get(fp8.kinds[0])
+    if unit is None:  # an emulated block may be smaller
+        return
+    heads, tp = model["num_attention_heads"], layout.tensor_parallel
+    groups, d = model.get("num_key_value_heads") or heads, model.get("head_dim") or model["hidden_size"] // heads
+    inner = model.get("moe_intermediate_size", model["intermediate_size"])
+    shares = {
+        "hidden units": model["hidden_size"],
+        "rows of queries": heads * d // tp,
+        "rows of keys": groups * d // tp,
+        "MLP units": inner // layout.expert_tensor if "num_experts" in model else inner // tp,
+    }
+    for what, size in shares.items():
+        if size % unit:
+            raise ConfigError(
+                f"fp8 {fp8.kinds[0]} works on blocks of {unit}, but a rank holds {size} {what}; set a smaller"
+                " layout.tensor_parallel, fp8.student=off and fp8.teacher=off, or, for tests, emulated"
+            )

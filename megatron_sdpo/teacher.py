@@ -118,7 +118,7 @@ def _write(parameters: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
 
 
 def on_host(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A copy in host memory; pinned where it comes from a GPU (not yet run on a GPU)."""
+    """A copy in host memory; pinned where it comes from a GPU."""
     held = torch.empty(x.shape, dtype=dtype or x.dtype, device="cpu", pin_memory=x.is_cuda)
     return held.copy_(x.detach())
 

@@ -33,7 +33,8 @@ class Question:
 
     Example: ``Question("train/17", (Message("user", "keep over 2, sum"),), {"operations": [["gt", 2], ["sum"]]})``
 
-    ``payload`` is JSON data that only the task which made the question reads.
+    ``payload`` is JSON data that only the task which made the question reads, but for a text under ``"category"``,
+    by which tables of scores are divided.
     """
 
     id: str

@@ -11,6 +11,7 @@ again.
 ``BinLogProbs`` is the only differentiable code here. Its backward pass makes no collective.
 """
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,11 @@ BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 So many that a GPU is busy; so few that a CPU keeps them in its caches.
 """
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+RUN = 64
+"""Columns that ``student_support`` looks at together first."""
 
 LOG_FLOOR = -1e4
 """A bin without any mass counts as e^-10000, so that every difference of logs is finite."""
@@ -46,9 +52,10 @@ def student_support(logits_TV: Tensor, k: int, group: dist.ProcessGroup | None =
     vocabulary = shard * (1 if group is None else dist.get_world_size(group))
     if not 1 <= k <= vocabulary:
         raise ValueError(f"k is {k}; it must lie between 1 and the {vocabulary} entries of the vocabulary")
-    ids_V = torch.arange(shard, device=logits_TV.device) + _first_id(shard, group)
-    blocks = row_blocks(logits_TV)
-    keys_TK = torch.cat([_keys(rows_TV, ids_V).topk(min(k, shard)).values for (rows_TV,) in blocks])
+    first_id, kept = _first_id(shard, group), min(k, shard)
+    wide = shard if _in_runs(shard, kept) == 0 else max(shard // RUN, kept * RUN)  # numbers that are made of a row
+    blocks = logits_TV.detach().split(max(1, BLOCK["cpu" if logits_TV.is_cpu else "cuda"] // wide))
+    keys_TK = torch.cat([_largest_keys(rows_TV, kept, first_id) for rows_TV in blocks])
     if group is not None:
         keys_TK = _all_gather_columns(keys_TK, group).topk(k).values
     return _LOW_32 - (keys_TK & _LOW_32)
@@ -85,12 +92,15 @@ def read(
     """
     first_id = _first_id(logits_TV.shape[1], group)
     wanted_TK = ids_TK if sampled_ids_T is None else torch.cat([ids_TK, sampled_ids_T[:, None]], dim=1)
-    parts = [
-        _read_rows(rows_TV, rows_TK, ids_TK.shape[1], first_id, with_entropy, scratch_CV)
-        for scratch_CV in [_scratch(logits_TV)]
-        for rows_TV, rows_TK in row_blocks(logits_TV, wanted_TK)
-    ]
-    kept_TK, tail_T, mean_T = (torch.cat(part) for part in zip(*parts, strict=True))
+    if _on_kernels(logits_TV):
+        kept_TK, tail_T, mean_T = _read_by_kernel(logits_TV, wanted_TK, ids_TK.shape[1], first_id, with_entropy)
+    else:
+        parts = [
+            _read_rows(rows_TV, rows_TK, ids_TK.shape[1], first_id, with_entropy, scratch_CV)
+            for scratch_CV in [_scratch(logits_TV)]
+            for rows_TV, rows_TK in row_blocks(logits_TV, wanted_TK)
+        ]
+        kept_TK, tail_T, mean_T = (torch.cat(part) for part in zip(*parts, strict=True))
     top_T = all_reduce(tail_T, dist.ReduceOp.MAX, group)
     top_T = torch.where(top_T.isinf(), 0.0, top_T)  # an empty tail: exp(-inf - 0) is 0
     below_T = tail_T - top_T
@@ -183,6 +193,12 @@ class BinLogProbs(torch.autograd.Function):
         share_TB = grad_TB - log_probs_TB.exp() * grad_TB.sum(dim=1, keepdim=True)
         tail_T1 = torch.where(tail_T.isinf(), 0.0, tail_T)[:, None]  # an empty tail: exp(-inf - 0) is 0
         grad_TV = logits_TV.detach() if ctx.overwrite else torch.empty_like(logits_TV)
+        if _on_kernels(logits_TV):
+            from megatron_sdpo import vocabulary_kernels as kernels
+
+            places = _locate(ids_TK, logits_TV.shape[1], ctx.first_id)
+            kernels.gradient(logits_TV, grad_TV, *places, tail_T1[:, 0], share_TB)
+            return grad_TV, None, None, None, None
         # A wide gradient is made where it stays.
         scratch_CV = None if grad_TV.dtype == share_TB.dtype else _scratch(logits_TV)
         blocks = row_blocks(grad_TV, logits_TV, ids_TK, tail_T1, share_TB)
@@ -193,6 +209,25 @@ class BinLogProbs(torch.autograd.Function):
             torch.mul(_without(wide_TV, local_TK, owned_TK).exp_(), rows_TB[:, -1:], out=out_TV)
             out_TV.scatter_add_(1, local_TK, rows_TB[:, :-1].masked_fill(~owned_TK, 0.0).to(out_TV.dtype))
         return grad_TV, None, None, None, None
+
+
+def _on_kernels(logits_TV: Tensor) -> bool:
+    """Whether one program a row walks over these logits (vocabulary_kernels.py) instead of torch's operators: on a GPU,
+    in a dtype of 32 bits or fewer, no two rows in one place."""
+    if not logits_TV.is_cuda or logits_TV.dtype == torch.float64 or not logits_TV.numel() or not _HAS_TRITON:
+        return False
+    return logits_TV.stride(1) == 1 and logits_TV.stride(0) >= logits_TV.shape[1]
+
+
+def _read_by_kernel(
+    logits_TV: Tensor, wanted_TK: Tensor, k: int, first_id: int, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``_read_rows``, of all rows."""
+    from megatron_sdpo import vocabulary_kernels as kernels
+
+    local_TK, owned_TK = _locate(wanted_TK, logits_TV.shape[1], first_id)
+    kept_TK = widen(logits_TV.gather(1, local_TK)).masked_fill(~owned_TK, 0.0)
+    return kept_TK, *kernels.tail_of(logits_TV.detach(), local_TK, owned_TK, k, with_entropy, LOG_FLOOR)
 
 
 def _read_rows(
@@ -246,10 +281,37 @@ def _locate(ids_TK: Tensor, shard: int, first_id: int) -> tuple[Tensor, Tensor]:
     return local_TK.clamp(0, shard - 1), (local_TK >= 0) & (local_TK < shard)
 
 
+def _in_runs(columns: int, k: int) -> int:
+    """How many runs to look at first; 0: hardly a column would be spared."""
+    runs = columns // RUN
+    return runs if runs > 2 * k else 0
+
+
+def _largest_keys(rows_TV: Tensor, k: int, first_id: int) -> Tensor:
+    """The k largest keys (``_keys``) of each row, largest first.
+
+    A run of columns of which one is among the k largest has its own largest among the largest k of all runs: were there
+    k runs before it, in the order of their largest logit and then their place, each would have an entry before that
+    one. So one walk over the logits finds the runs, and only their columns are sorted.
+    """
+    columns = rows_TV.shape[1]
+    runs = _in_runs(columns, k)
+    if runs == 0:
+        return _keys(rows_TV, torch.arange(first_id, first_id + columns, device=rows_TV.device)).topk(k).values
+    runs_TRr = rows_TV[:, : runs * RUN].unflatten(1, (runs, RUN))
+    best_TR = _keys(runs_TRr.amax(dim=2), torch.arange(runs, device=rows_TV.device))
+    chosen_TK = _LOW_32 - (best_TR.topk(k).values & _LOW_32)
+    inside_r = torch.arange(RUN, device=rows_TV.device)
+    places_TC = (chosen_TK[:, :, None] * RUN + inside_r).flatten(1)
+    over_C = torch.arange(runs * RUN, columns, device=rows_TV.device)  # fewer than a run, behind the last
+    places_TC = torch.cat([places_TC, over_C.expand(len(rows_TV), -1)], dim=1)
+    return _keys(rows_TV.gather(1, places_TC), places_TC + first_id).topk(k).values
+
+
 def _keys(logits_TV: Tensor, ids_V: Tensor) -> Tensor:
     """int64 keys, all different, that sort like (logit, lower id): fp32 bits above, the inverted id below.
 
-    Different keys have one order, so a top-k over them has one answer.
+    Different keys have one order, so a top-k over them has one answer. ``ids_V`` may differ by row.
     """
     bits_TV = (logits_TV.float() + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0: equal numbers, equal bits
     # Bits of negative floats grow with the magnitude: flip them, sign apart.

@@ -29,6 +29,7 @@ class FakeEngine:
         self.before: Callable[[Ids], Awaitable[None]] = _at_once
         self.asked: list[Ids] = []
         self.seeds: list[int | None] = []
+        self.sampling: list[dict[str, Any]] = []
         self.version = 0
         self.log_prob: Callable[[int], object] = lambda place: -0.125 * place
         self.address = EngineAddress("fake", "", 1)
@@ -55,6 +56,7 @@ class FakeEngine:
         prompt_ids = tuple(body["input_ids"][0])
         self.asked.append(prompt_ids)
         self.seeds.append(body["sampling_params"].get("sampling_seed"))
+        self.sampling.append(body["sampling_params"])
         version = self.version
         await self.before(prompt_ids)
         return web.json_response(

@@ -14,8 +14,7 @@ import psutil
 import pytest
 
 from megatron_sdpo import config as configuration
-from megatron_sdpo.cli import layout_overrides
-from megatron_sdpo.config import apply_overrides
+from megatron_sdpo.config import apply_overrides, layout_overrides
 from megatron_sdpo.launch.run_dir import RunDir
 from recipes.minipipe import BASE_MODEL, minipipe, minipipe_discovery
 
@@ -53,7 +52,7 @@ def refusal(folder: Path, *arguments: str) -> str:
         (["optim.lr=NaN"], "numbers must be finite"),
         (["steps"], "override 'steps' has no '='"),
         (["task.options.machine=1"], "task 'minipipe' has no option 'machine'"),
-        (["task.name=maths"], "unknown task 'maths'"),
+        (["task.name=chess"], "unknown task 'chess'"),
         (
             ["--layout=tp3"],
             "layout.tensor_parallel 3 does not divide the model's 4 attention heads; set a divisor of 4",

@@ -235,6 +235,8 @@ _TP2 = ("layout.tensor_parallel=2", "layout.world_size=2")
         (["objective.alpha=-0.1"], "objective.alpha is -0.1"),
         (["teacher.update_rate=2"], "teacher.update_rate is 2"),
         (["rollout.temperature=0"], "set it above 0"),
+        (["evaluation.top_p=0"], "evaluation.top_p is 0.0; set it above 0"),
+        (["evaluation.top_p=1.5"], "evaluation.top_p is 1.5; it must lie between 0 and 1"),
         (["rollout.max_staleness=-1"], "rollout.max_staleness is -1; it must be at least 0"),
         (["evaluation.every=-1"], "evaluation.every is -1; it must be at least 0"),
         (["publish.probe_tokens=1"], "publish.probe_tokens is 1; it must be at least 2"),

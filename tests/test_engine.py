@@ -76,6 +76,14 @@ def test_greedy_log_probs_are_the_models_own(engine: Engine, control: EngineCont
     assert_log_probs_match(engine.checkpoint, samples, temperature=1.0)
 
 
+def test_the_most_probable_tokens_alone(engine: Engine, control: EngineControl) -> None:
+    """A probability that the most probable token has by itself leaves nothing to draw."""
+    (greedy,) = generate([engine.address], temperature=0.0, n=1)
+    narrow = generate([engine.address], top_p=1e-6)
+    assert {sample.response_ids for sample in narrow} == {greedy.response_ids}
+    assert len({sample.response_ids for sample in generate([engine.address], top_p=1.0)}) == 4
+
+
 def test_a_response_stops_at_the_end_token_and_keeps_it(engine: Engine, control: EngineControl) -> None:
     samples = generate([engine.address], n=128, max_new_tokens=16)
     assert {sample.finish for sample in samples} == {"stop", "length"}

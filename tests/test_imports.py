@@ -26,6 +26,8 @@ VENDORS = {
     "wandb": ("megatron_sdpo/tracking.py",),
     "tensorboard": ("megatron_sdpo/tracking.py",),
     "torch.utils.tensorboard": ("megatron_sdpo/tracking.py",),
+    "math_verify": ("megatron_sdpo/tasks/maths_worker.py",),
+    "pyarrow": ("megatron_sdpo/tasks/rows.py",),
 }
 COORDINATOR = ("types", "config", "hf_config", "tasks", "sandbox", "chat", "rollout", "teacher_context")
 

@@ -126,10 +126,10 @@ def test_a_write_behind_the_copys_back_is_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: not yet run on one")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_offloaded_weights_leave_the_device_empty(dtype: torch.dtype) -> None:
-    """Not yet run on a GPU: pinned host memory, at most one fp32 tensor and its average on the device at a time."""
+    """Pinned host memory, at most one fp32 tensor and its average on the device at a time."""
     parameters, masters, _ = _model(dtype, "cuda")
     device, largest = parameters[0].device, max(master.nbytes for master in masters)
     before = torch.cuda.memory_allocated()

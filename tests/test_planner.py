@@ -4,19 +4,32 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_sdpo.cli import layout_overrides
-from megatron_sdpo.config import Config, ConfigError, apply_overrides
+from megatron_sdpo.config import Config, ConfigError, apply_overrides, layout_name, layout_overrides
+from megatron_sdpo.flops import batch_flops
 from megatron_sdpo.hf_config import read_hf_config
+from megatron_sdpo.launch import planning
 from megatron_sdpo.launch.planning import PUBLISHED, plan_words
 from megatron_sdpo.scaling import planner
+from megatron_sdpo.scaling.assumed import Lengths, Reach
+from megatron_sdpo.scaling.engines import (
+    RESIDUE,
+    SHARE,
+    Sharing,
+    engine_memory,
+    generation_seconds,
+    kv_bytes,
+    model_bytes,
+)
 from megatron_sdpo.scaling.hardware import GPUS, gpu_of
-from megatron_sdpo.scaling.memory import held
-from megatron_sdpo.scaling.page import layout_name, page, ranking
-from megatron_sdpo.scaling.timing import Lengths, Reach, kv_bytes, model_bytes
+from megatron_sdpo.scaling.memory import FP8_BYTES, held
+from megatron_sdpo.scaling.page import page, ranking
+from megatron_sdpo.scaling.timing import step_flops
+from megatron_sdpo.types import Sample
 from recipes import recipe
 from tests.public_configs import DENSE, EXPERTS
 
@@ -77,6 +90,133 @@ def test_hand_numbers_of_a_70b_rank() -> None:
     assert kv_bytes(architecture("Llama-3.3-70B"), 2) == 2 * 80 * 8 * 128 * 2
     assert found.engine.weights == pytest.approx(70_553_706_496 * 2 / 8, rel=1e-6)
     assert found.fits and found.gpus == 128
+
+
+FP8 = ("fp8.student=blockwise", "fp8.teacher=blockwise")
+SEVENTY = ("Llama-3.3-70B", "tp8sppp4dp2do", 16, "engine.count=8", "engine.tensor_parallel=8")
+
+
+def test_scoring_reads_the_teachers_longer_context() -> None:
+    """Where little is kept for a backward pass, the pass over 10240 + 8192 tokens beside a copy is the peak."""
+    rank = planned("Qwen3-8B", "tp2sppp1dp4do", 2, "engine.count=8", "layout.recompute=full").rank
+    numbers = (4 * 4096 + 3 * (32 + 8) * 128 + 3 * 12288) / 2
+    assert rank.scoring == pytest.approx(18432 * 2 * numbers, rel=1e-9)
+    assert rank.activations < rank.swap
+    assert rank.total == rank.standing + rank.scores + rank.head + rank.swap + rank.scoring
+    grpo = planned("Qwen3-8B", "tp2sppp1dp4do", 2, "engine.count=8", "objective.kind=grpo").rank
+    assert grpo.scoring == pytest.approx(10240 * 2 * numbers, rel=1e-9)
+
+
+def test_fp8_keeps_copies_of_weights_and_smaller_inputs() -> None:
+    plain, both = planned(*SEVENTY), planned(*SEVENTY, *FP8)
+    linears = 20 * (855_654_400 - 2 * 8192) / 8  # all of a layer but its norms
+    assert plain.rank.quantised == 0
+    assert both.rank.quantised == pytest.approx(linears * 2 * FP8_BYTES, rel=1e-9)
+    assert planned(*SEVENTY, "fp8.teacher=blockwise").rank.quantised == pytest.approx(linears * FP8_BYTES, rel=1e-9)
+    ends = planned(*SEVENTY, *FP8, "fp8.high_precision_layers=2").rank
+    assert ends.quantised == pytest.approx(both.rank.quantised * 18 / 20, rel=1e-9)
+    # what enters the four linears: two norms' outputs, the MLP's product; attention's output is kept twice
+    less = (2 * 8192 + 28672) * (2 - FP8_BYTES) - 64 * 128 * FP8_BYTES
+    assert plain.rank.activations - both.rank.activations == pytest.approx(4 * 20 * 10240 * less / 8, rel=1e-6)
+    assert both.rank.activations < ends.activations < plain.rank.activations
+    emulated = planned(*SEVENTY, "fp8.student=emulated", "fp8.teacher=emulated")
+    assert emulated.rank == plain.rank and emulated.time == plain.time
+
+
+def test_fp8_products_are_faster_where_the_gpu_has_them() -> None:
+    plain, both, teacher = (planned(*SEVENTY, *more).time for more in ((), FP8, FP8[1:]))
+    assert 1.5 < plain.train / both.train < 2.0  # attention and head stay in bf16
+    assert teacher.train == plain.train and teacher.score_teacher == both.score_teacher < plain.score_teacher
+    with pytest.raises(
+        ConfigError, match=r"fp8 blockwise needs a GPU with FP8 matrix products, which a100-80gb has not"
+    ):
+        planned(*SEVENTY, *FP8, gpu="a100-80gb")
+
+
+def test_what_an_engine_holds() -> None:
+    hf = architecture("Llama-3.3-70B")
+    config = config_of("tp8", "engine.tensor_parallel=8", "engine.max_running_requests=1000")
+    found = engine_memory(config, hf, H100, LENGTHS)
+    cache = H100.memory_gb * 1e9 * SHARE - 70_553_706_496 * 2 / 8
+    assert found.cache == pytest.approx(cache, rel=1e-6)
+    assert found.tokens == int(found.cache // (2 * 80 * 128 * 2))  # one of eight key-value heads on each GPU
+    assert found.sequences == found.tokens // (256 + 2048)
+    less = apply_overrides(config, ["engine.max_total_tokens=20480"])
+    assert engine_memory(less, hf, H100, LENGTHS).sequences == 20480 // 2304
+    few = apply_overrides(config, ["engine.max_running_requests=16"])
+    assert engine_memory(few, hf, H100, LENGTHS).sequences == 16
+    # four key-value heads on eight GPUs: two hold the same one
+    assert kv_bytes(architecture("Qwen3-30B-A3B"), 2, 8) == kv_bytes(architecture("Qwen3-30B-A3B"), 2, 4)
+
+
+def test_few_sequences_meet_few_experts() -> None:
+    """A step of one sequence reads 8 of 128 experts; 256 sequences meet all but e^-16 of them."""
+
+    def decoded(attempts: int) -> float:
+        config = config_of("tp1", "rollout.prompts_per_step=1", f"rollout.attempts_per_prompt={attempts}")
+        lengths = Lengths(1, 8192, 1)  # every response is the longest
+        return generation_seconds(config, architecture("Qwen3-30B-A3B"), H100, lengths, Reach(), attempts) / 8192
+
+    bandwidth = H100.memory_gb_s * 1e9 * Reach().memory
+    cached = kv_bytes(architecture("Qwen3-30B-A3B"), 2) * (1 + 4096)
+    experts = 48 * 128 * 3 * 2048 * 768 * 2
+    met = model_bytes(architecture("Qwen3-30B-A3B"), 2) - experts
+    assert decoded(1) == pytest.approx((met + experts / 16 + cached) / bandwidth, rel=1e-3)
+    assert decoded(256) == pytest.approx((met + experts + 256 * cached) / bandwidth, rel=1e-3)
+
+
+def test_an_engine_without_room_for_the_longest_sequence_does_not_fit() -> None:
+    long = ("engine.count=8", "layout.recompute=full", "model.max_length=32768")
+    found = planned("Qwen3-32B", "tp8sppp1dp2do", 4, *long)
+    assert found.rank.total <= found.room and not found.fits
+    assert "set engine.tensor_parallel higher" in page(found, 4, Reach(), [])
+    assert planned("Qwen3-32B", "tp8sppp1dp2do", 4, *long, "engine.tensor_parallel=2").fits
+    (line,) = planner.changes(found, architecture("Qwen3-32B"), 4, Reach())
+    assert line.startswith("engine.tensor_parallel=2 engine.count=4: ")
+    with pytest.raises(ConfigError, match=r"engine.tensor_parallel 16 crosses nodes of 8 GPUs"):
+        planned("Llama-3.3-70B", "tp8sppp4dp2do", 16, "engine.tensor_parallel=16")
+
+
+def test_colocated_engines_have_what_the_trainer_leaves() -> None:
+    config, hf = config_of("tp8spdp2do", "engine.count=8", "engine.tensor_parallel=2"), architecture("Qwen3-14B")
+    apart = planner.plan(config, hf, 4, H100, LENGTHS, Reach())
+    shared = planner.plan(config, hf, 2, H100, LENGTHS, Reach(), Sharing.COLOCATED)
+    assert (apart.gpus, shared.gpus) == (32, 16)
+    assert shared.rank == apart.rank and shared.room == apart.room - RESIDUE
+    kept = shared.rank.weights + shared.rank.gradients + shared.rank.optimizer + shared.rank.teacher
+    assert shared.engine.beside == kept
+    assert apart.engine.cache - shared.engine.cache == pytest.approx(kept, rel=1e-6)
+    assert shared.time.sync < apart.time.sync  # within the node
+    ahead = apply_overrides(config, ["rollout.max_staleness=1"])
+    time = planner.plan(ahead, hf, 2, H100, LENGTHS, Reach(), Sharing.COLOCATED).time
+    assert time.total == time.generate + time.trainer  # they cannot overlap
+    assert "no configuration key does it" in page(shared, 2, Reach(), [])
+    text = plan_words(config, 2, "h100-80gb", "Qwen3-14B", (256, 2048, 2304), suggest=False, colocated=True)
+    assert text == page(shared, 2, Reach(), [] if shared.fits else planner.changes(shared, hf, 2, Reach()))
+
+
+def test_flops_are_those_of_a_run() -> None:
+    """As launch/observation.py counts a batch's (flops.py), and what is computed again on top."""
+    samples = [Sample(str(i), 0, (1,) * 256, (1,) * 2048, (0.0,) * 2048, (1,) * 2304, 1.0) for i in range(256)]
+    config = config_of("tp8sppp4dp2do", "rollout.prompts_per_step=32", "rollout.attempts_per_prompt=8")
+    hf = architecture("Llama-3.3-70B")
+    counted = batch_flops(hf, samples, config.objective)
+    assert step_flops(config, hf, LENGTHS).total == pytest.approx(counted, rel=1e-12)
+    again = apply_overrides(config, ["layout.recompute=full", *FP8])
+    flops = step_flops(again, hf, LENGTHS)
+    assert flops.train.total == pytest.approx(4 * flops.score_student.total, rel=1e-12)
+
+
+def test_the_architecture_is_the_models_the_named_or_the_one_the_directory_is_called_after(tmp_path: Path) -> None:
+    config = config_of("tp1")
+    assert planning.architecture(None, config) == Path(config.model.path)
+    missing = apply_overrides(config, [f"model.path={tmp_path / 'Qwen3-8B'}"])
+    assert planning.architecture(None, missing) == PUBLISHED / "Qwen3-8B"
+    (tmp_path / "Qwen3-8B").mkdir()  # it is there, so it must be whole
+    assert planning.architecture(None, missing) == tmp_path / "Qwen3-8B"
+    assert planning.architecture("Qwen3-8B", config) == PUBLISHED / "Qwen3-8B"
+    with pytest.raises(ConfigError, match=f"--architecture {tmp_path} has no config.json; set it to a Hugging Face"):
+        planning.architecture(str(tmp_path), config)
 
 
 def test_what_does_not_fit_is_told_what_would() -> None:
@@ -149,7 +289,7 @@ def test_time_moves_with_what_it_is_made_of() -> None:
     assert seconds("rollout.max_staleness=1").total == max(plain.generate, plain.trainer)
     # 6 N D at 40 % of eight GPUs; attention, head and what tensor ranks exchange come on top
     flops = 3 * 2 * 7_568_000_000 * 256 * 2304
-    assert 1.0 < plain.train / (flops / (8 * 989.4e12 * 0.4)) < 1.4
+    assert 1.0 < plain.train / (flops / (8 * 989.4e12 * Reach().training)) < 1.4
 
 
 def test_an_unknown_gpu_is_refused() -> None:
@@ -173,6 +313,16 @@ def test_numbers_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         plan_words(config_of("tp4dp2"), nodes, "h100-80gb", "Qwen3-8B", lengths, suggest)
+
+
+def test_a_large_recipe_is_planned_without_its_model() -> None:
+    text = plan_words(recipe("llama3.3-70b-sdpo-16n"), 16, "h100-80gb", None, (None, None, None), suggest=False)
+    lines = {line.split("  ")[1]: line.split()[-1] for line in text.splitlines() if line.startswith("  ")}
+    assert text.endswith("it fits") and "predicted, not yet compared with a run on GPUs" in text
+    assert float(lines["FP8 copies of weights"]) > 4.0
+    assert "  weights to engines: 141.11 GB to each of 8" in text.splitlines()
+    with pytest.raises(ConfigError, match="need 128 GPUs, but 8 nodes have 64"):
+        plan_words(recipe("llama3.3-70b-sdpo-16n"), 8, "h100-80gb", None, (None, None, None), suggest=False)
 
 
 def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,8 @@ import pytest
 from aiohttp import web
 
 from megatron_sdpo.chat import Chat
+from megatron_sdpo.config import EvaluationConfig
+from megatron_sdpo.evaluate import evaluate
 from megatron_sdpo.rollout.client import EngineClient
 from megatron_sdpo.rollout.control import EngineError
 from megatron_sdpo.rollout.sampler import Asked, Sampler, VerifierError
@@ -66,6 +68,19 @@ def test_attempts_and_verdicts_belong_together() -> None:
         assert [len(a.engine_log_probs) for a in group.attempts] == [2, 2]
         assert {a.weight_version for a in group.attempts} == {3}
         assert group.verdicts == (Verdict(1.0, f"q{slot}: sort"), Verdict(0.0, f"q{slot}: sort item"))
+
+
+def test_an_evaluation_samples_as_it_is_told_to() -> None:
+    engine = FakeEngine(respond)
+
+    async def run() -> None:
+        async with engine, EngineClient([engine.address], "token", timeout_s=30) as client:
+            sampler = Sampler(client, CHAT, Judge(), max_new_tokens=8, verify_workers=2)
+            await evaluate(sampler, QUESTIONS, EvaluationConfig(attempts=2, temperature=0.6, top_p=0.95), version=3)
+            await sampler.groups([Asked(4, 0, QUESTIONS[0], attempts=2, temperature=1.0)])
+
+    asyncio.run(run())
+    assert [(s["temperature"], s["top_p"]) for s in engine.sampling] == [(0.6, 0.95)] * 4 + [(1.0, 1.0)]
 
 
 def test_every_attempt_of_a_seeded_run_has_a_seed_of_its_own() -> None:

@@ -53,11 +53,11 @@ def drawn_batch(sequences: int, length: int) -> Batch:
     return Batch(0, tuple(samples), {}, 0)
 
 
-def training_peak(learner: Learner, batch: Batch) -> int:
+def training_peak(learner: Learner, batch: Batch, device: str = "cpu") -> int:
     student = learner.score_student(batch)
     teacher = learner.score_teacher(batch, student)
     learner.train(batch, student, teacher)  # the optimizer's moments are there from the first step on
-    return peak_bytes(partial(learner.train, batch, student, teacher), torch.device("cpu"))
+    return peak_bytes(partial(learner.train, batch, student, teacher), torch.device(device))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -95,6 +95,29 @@ def test_a_bf16_model_has_masters_and_a_teacher_in_fp32(tmp_path: Path, groups: 
     assert planned.weights == sum(p.nbytes for p in learner.model.parameters()) == planned.swap
     assert planned.optimizer == sum(x.nbytes for kind in (masters, *moments.values()) for x in kind)
     assert planned.teacher == sum(x.nbytes for x in learner.teacher.tensors)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: not yet run on one")
+@pytest.mark.parametrize("kind", ["none", "full"])
+def test_peak_on_a_gpu(tmp_path: Path, groups: ParallelGroups, kind: str) -> None:
+    """Not yet run on a GPU: 8 layers of 1024 in bf16, one micro-batch of 16384 tokens, within 15 %."""
+    path = model(
+        tmp_path,
+        family="qwen3",
+        hidden_size=1024,
+        layers=8,
+        heads=16,
+        head_dim=64,
+        kv_heads=4,
+        intermediate_size=3072,
+        max_positions=2048,
+    )
+    rows = ("layout.tokens_per_micro_batch=16384", f"layout.recompute={kind}")
+    config = make_config(path, ("model.dtype=bfloat16", "teacher.kind=ema", *rows))
+    peak = training_peak(Learner(config, groups), drawn_batch(16, 1024), "cuda")
+    planned = rank_memory(config, read_hf_config(path), 0)
+    assert planned.activations + planned.head == pytest.approx(peak, rel=0.15)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,28 @@ def test_a_reading_is_what_float64_says(seed: int, scale: float, k: int, missing
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    columns=st.integers(200, 3000),
+    k=st.integers(1, 30),
+    levels=st.sampled_from([1, 3, 50, 10_000]),
+    missing=st.integers(0, 150),
+    clustered=st.booleans(),
+)
+def test_the_support_is_found_by_runs_of_columns(
+    seed: int, columns: int, k: int, levels: int, missing: int, clustered: bool
+) -> None:
+    """Exactly, also where many logits are equal, where the largest stand together, and in the rest behind the runs."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_TV = torch.randint(levels, (4, columns), generator=generator).float() - levels / 2
+    if clustered:
+        logits_TV[:, -2 * k :] += levels
+    logits_TV[:, torch.randperm(columns, generator=generator)[:missing]] = -torch.inf
+    order = [sorted(range(columns), key=lambda i, row=row: (-row[i], i))[:k] for row in logits_TV.tolist()]
+    assert vocabulary.student_support(logits_TV, k).tolist() == order
+
+
 def test_a_reading_without_more_is_the_same() -> None:
     logits_TV = logits(0)
     ids_TK = vocabulary.student_support(logits_TV, K)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -128,6 +129,44 @@ def _write_tokenizer(path: Path, vocab_size: int) -> None:
         "model_max_length": 512,
     }
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+BYTE_TEMPLATE = """{%- for message in messages %}<|start|>{{ message.role }}
+{{ message.content }}<|end|>
+{% endfor %}<|start|>assistant
+{% if not enable_thinking %}<think></think>
+{% endif %}"""
+
+
+def write_byte_checkpoint(path: Path, seed: int, **sizes: Any) -> Path:
+    """A tiny checkpoint that reads and writes any text: a token a byte, with a chat template that may think."""
+    write_tiny_checkpoint(path, seed, vocab_size=259, **sizes)
+    specials = ["<|pad|>", "<|end|>", "<|start|>"]
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    alphabet = [
+        *range(33, 127),
+        *range(161, 173),
+        *range(174, 256),
+    ]  # bytes that byte-level tokenizers leave as they are
+    others = [byte for byte in range(256) if byte not in alphabet]
+    letters = [chr(byte) for byte in alphabet] + [chr(256 + place) for place in range(len(others))]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": id, "content": token, **added} for id, token in enumerate(specials)],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": {t: id for id, t in enumerate([*specials, *letters])}, "merges": []},
+    }
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>", "eos_token": "<|end|>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (path / "chat_template.jinja").write_text(BYTE_TEMPLATE)
+    return path
 
 
 def reference_log_probs(path: Path, ids: list[int], temperature: float = 1.0) -> torch.Tensor:

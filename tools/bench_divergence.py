@@ -11,7 +11,7 @@ the teacher's logits, or makes them of its hidden states.
 Memory is the peak beyond the inputs; from hidden states, the head's gradient, which every side makes, is not in it. It
 is counted operation by operation on a CPU and read from the allocator on a GPU. Time is that of one thread on a CPU
 (seconds that it ran, so that other processes matter less) and of the clock on a GPU. The median of several rounds is
-printed; the order of the sides is another in each. Results belong in tools/BENCHMARKS.md. It never ran on a GPU.
+printed; the order of the sides is another in each. Results belong in tools/BENCHMARKS.md.
 """
 
 import argparse

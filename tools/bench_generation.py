@@ -60,7 +60,7 @@ def endless_model(folder: Path) -> Path:
 async def coordinator_seconds(config: Config, run_dir: RunDir, fleet: Fleet, step: int) -> float:
     """One batch, from prompts to samples."""
     task = load_task(config.task.name, **config.task.options)
-    tokens = Chat(config.model.path)
+    tokens = Chat(config.model.path, config.model.thinking)
     prompts = PromptStream(task.train_questions(), config.rollout.prompts_per_step, config.seed)
     assert fleet.router is not None
     async with EngineClient([fleet.router], run_dir.token()) as client:
@@ -130,7 +130,7 @@ def main() -> None:
         run_dir = RunDir(Path(config.run_dir))
         run_dir.prepare(config)
         questions = load_task(config.task.name, **config.task.options).train_questions()
-        tokens = Chat(config.model.path)
+        tokens = Chat(config.model.path, config.model.thinking)
         prompt_tokens = round(statistics.mean(len(tokens.prompt_ids(q.messages)) for q in questions))
         ours: list[float] = []
         theirs: list[float] = []

@@ -60,7 +60,9 @@ async def measure_all(
     began = time.perf_counter()
     turns = asyncio.Semaphore(AT_ONCE)
     async with EngineClient([fleet.router], router_token) as client:
-        sampler = Sampler(client, Chat(config.model.path), task, config.rollout.max_new_tokens, 2)
+        sampler = Sampler(
+            client, Chat(config.model.path, config.model.thinking), task, config.rollout.max_new_tokens, 2
+        )
 
         async def one(question: Question) -> Measured:
             async with turns:

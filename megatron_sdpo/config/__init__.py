@@ -7,15 +7,19 @@ refusal is a ``ConfigError`` with one sentence that says what was wrong and what
 ===========  ==========================================================================
 tree.py      the dataclasses: every key, its default, what it means
 training.py  those of the trainer's ranks: layout, optimizer, guards, checkpoints
+layouts.py   a layout in one word, both ways
 reading.py   overrides, JSON in and out, strictly
 checks.py    what values may be, alone and together
 ===========  ==========================================================================
 """
 
 from megatron_sdpo.config.checks import check, check_discovery
+from megatron_sdpo.config.layouts import LAYOUT_HELP, layout_name, layout_overrides
 from megatron_sdpo.config.reading import apply_overrides, fields_by_name, load, read_json, save, type_words
 from megatron_sdpo.config.training import (
     CheckpointConfig,
+    Fp8Config,
+    Fp8Kind,
     GuardConfig,
     LayoutConfig,
     OptimConfig,
@@ -40,6 +44,7 @@ from megatron_sdpo.config.tree import (
 )
 
 __all__ = [
+    "LAYOUT_HELP",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -47,6 +52,8 @@ __all__ = [
     "DiscoveryConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "Fp8Config",
+    "Fp8Kind",
     "GuardConfig",
     "LayoutConfig",
     "ModelConfig",
@@ -64,6 +71,8 @@ __all__ = [
     "check",
     "check_discovery",
     "fields_by_name",
+    "layout_name",
+    "layout_overrides",
     "load",
     "read_json",
     "save",

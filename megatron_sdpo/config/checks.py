@@ -31,6 +31,7 @@ _AT_LEAST = {
     0: (
         *("engine.port", "rollout.max_staleness", "evaluation.every", "evaluation.temperature"),
         *("optim.lr", "optim.warmup_steps", "optim.weight_decay", "optim.clip_grad"),
+        *("fp8.high_precision_layers", "fp8.floor_limit"),
         *("objective.teacher_confidence_beta", "objective.kl_coefficient"),
     ),
 }
@@ -38,6 +39,7 @@ _ABOVE_0 = (
     *("rollout.temperature", "engine.start_timeout_s", "engine.request_timeout_s", "publish.timeout_s", "optim.eps"),
     *("publish.probe_tolerance", "objective.policy_drift_clip", "objective.engine_mismatch_cap"),
     *("objective.stop_at_saturation", "objective.advantage_clip", "ranks.timeout_s", "ranks.slow_share"),
+    "evaluation.top_p",
 )
 _FROM_0_TO_1 = (
     "objective.alpha",
@@ -47,6 +49,7 @@ _FROM_0_TO_1 = (
     "optim.min_lr_ratio",
     "guard.drop",
     "guard.damping",
+    "evaluation.top_p",
 )
 
 
@@ -74,6 +77,7 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key} is empty; set it")
     _check_layout(layout)
     _check_recompute(layout)
+    _check_fp8(config)
     if engine.port + engine.count > 65535:
         raise ConfigError(f"engine.port is {engine.port}; it and the {engine.count} after it must be below 65536")
     if config.deterministic and config.rollout.max_staleness:
@@ -207,6 +211,30 @@ def _check_recompute(layout: LayoutConfig) -> None:
         raise ConfigError(
             f"layout.distribute_saved_activations divides activations over tensor ranks, but {held} {why};"
             " set layout.distribute_saved_activations=false"
+        )
+
+
+def _check_fp8(config: Config) -> None:
+    """Refuse precisions that one set of modules cannot have, and settings of a precision that is not asked for."""
+    fp8 = config.fp8
+    if len(fp8.kinds) > 1:
+        raise ConfigError(
+            f"fp8.student={fp8.student} and fp8.teacher={fp8.teacher} want different kinds of linears, but student and"
+            " teacher are one model; set both to the same kind, or one of them to off"
+        )
+    if not fp8.kinds:
+        if fp8.high_precision_layers or fp8.floor_limit is not None:
+            key = "high_precision_layers" if fp8.high_precision_layers else "floor_limit"
+            raise ConfigError(f"fp8.{key} is about FP8, which is off; set fp8.student or fp8.teacher, or leave it out")
+        return
+    if fp8.kinds != ("emulated",) and config.model.dtype != "bfloat16":
+        raise ConfigError(
+            f"fp8 {fp8.kinds[0]} is computed beside bfloat16, but model.dtype is {config.model.dtype}; set"
+            " model.dtype=bfloat16"
+        )
+    if fp8.teacher != "off" and not config.objective.has_teacher:
+        raise ConfigError(
+            f"fp8.teacher={fp8.teacher}, but objective.kind={config.objective.kind} has no teacher; set fp8.teacher=off"
         )
 
 

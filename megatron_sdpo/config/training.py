@@ -55,6 +55,36 @@ class LayoutConfig:
         return self.expert_tensor_parallel or self.tensor_parallel
 
 
+Fp8Kind = Literal["off", "blockwise", "tensorwise", "emulated"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8Config:
+    """Which passes multiply by the layers' weights in FP8 (E4M3).
+
+    Embedding, norms, attention, router and head stay in model.dtype; master weights, moments and teacher in fp32.
+    blockwise: one fp32 scale for 128 numbers of an activation or a gradient, and for 128 x 128 of a weight, as
+    DeepSeek's and SGLang's FP8 checkpoints have them. tensorwise: one scale a tensor. Both need Transformer Engine on
+    a GPU (blockwise: Hopper). emulated: the blockwise numbers in plain torch, on any device; slow, made for tests.
+    """
+
+    student: Fp8Kind = "off"
+    """Scoring and training passes of the policy."""
+    teacher: Fp8Kind = "off"
+    """The teacher's passes."""
+    high_precision_layers: int = 0
+    """So many of the first layers, and as many of the last, stay in model.dtype."""
+    floor_limit: float | None = None
+    """At its start a run measures how far student and teacher of the same weights disagree about the same tokens,
+    KL per token in nats: what precision alone makes of the objective. Above this limit the run stops; none only logs
+    it."""
+
+    @property
+    def kinds(self) -> tuple[Fp8Kind, ...]:
+        """Those in use, each once."""
+        return tuple(dict.fromkeys(kind for kind in (self.student, self.teacher) if kind != "off"))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """AdamW."""

@@ -58,7 +58,7 @@ async def run(run_dir: RunDir) -> None:
     """Serve the trainer until this process is ended."""
     config, token = configuration.load(run_dir.config), run_dir.token()
     task = load_task(config.task.name, **config.task.options)
-    tokens = Chat(config.model.path)
+    tokens = Chat(config.model.path, config.model.thinking)
     questions = [*task.train_questions(), *task.eval_questions()]
     check_lengths(questions, tokens, config.rollout.max_new_tokens, config.model.max_length)
     router = wait_for(lambda: read_address(run_dir.path, "router"), "the engines", config.engine.start_timeout_s)

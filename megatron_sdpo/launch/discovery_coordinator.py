@@ -20,7 +20,7 @@ async def run(run_dir: RunDir) -> None:
     """Serve the trainer until this process is ended."""
     config, token = configuration.load(run_dir.config), run_dir.token()
     task = load_task(config.task.name, **config.task.options)
-    tokens, files = Chat(config.model.path), TrialFiles(run_dir.trials)
+    tokens, files = Chat(config.model.path, config.model.thinking), TrialFiles(run_dir.trials)
     questions = task.train_questions()[: config.discovery.questions]
     plan = planned(config, len(questions))
     router = wait_for(lambda: read_address(run_dir.path, "router"), "the engines", config.engine.start_timeout_s)

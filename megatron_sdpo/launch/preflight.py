@@ -1,12 +1,13 @@
 """Everything that can be refused before a process is started or a file is written."""
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
 from megatron_sdpo import config as configuration
 from megatron_sdpo.chat import Chat
-from megatron_sdpo.config import Config, ConfigError
+from megatron_sdpo.config import Config, ConfigError, Fp8Config
 from megatron_sdpo.hf_config import check_model, read_model_config
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.rollout.fleet import check_ports
@@ -19,15 +20,17 @@ from megatron_sdpo.teacher_context import check_templates
 def check_run(config: Config, must_evaluate: bool = False) -> None:
     """Refuse a run that cannot work, with one sentence (ConfigError); reads files, starts nothing, writes nothing.
 
-    ``must_evaluate``: held-out questions are needed whatever ``evaluation.every`` says.
+    ``must_evaluate``: only held-out questions are needed, whatever ``evaluation.every`` says.
     """
     configuration.check(config)
     model, tokens = _read_model(config)
     check_model(config, model)
+    check_fp8(config.fp8)
     _check_teacher_length(config, model)
     check_templates(config.teacher_context)
     task = load_task(config.task.name, **config.task.options)
-    PromptStream(task.train_questions(), config.rollout.prompts_per_step, config.seed)
+    if not must_evaluate:
+        PromptStream(task.train_questions(), config.rollout.prompts_per_step, config.seed)
     if not task.eval_questions() and (must_evaluate or config.evaluation.every):
         hint = "" if must_evaluate else "; set evaluation.every=0"
         raise ConfigError(f"the task {config.task.name!r} has no held-out questions{hint}")
@@ -38,6 +41,15 @@ def check_run(config: Config, must_evaluate: bool = False) -> None:
     else:
         check_journal(config, Path(config.debug.from_journal))
     _check_run_dir(Path(config.run_dir))
+
+
+def check_fp8(fp8: Fp8Config) -> None:
+    """Refuse FP8 that nothing here computes; the trainer asks the hardware itself (mcore/fp8.py)."""
+    if fp8.kinds and fp8.kinds != ("emulated",) and importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            f"fp8 {fp8.kinds[0]} needs Transformer Engine, which is not installed; install the extra gpu on a machine"
+            " with a Hopper GPU, set fp8.student and fp8.teacher to off, or, for tests, to emulated"
+        )
 
 
 def check_journal(config: Config, folder: Path) -> None:
@@ -75,7 +87,7 @@ def check_engines(config: Config) -> None:
 
 
 def _read_model(config: Config) -> tuple[dict[str, Any], Chat]:
-    model, tokens = read_model_config(config), Chat(config.model.path)
+    model, tokens = read_model_config(config), Chat(config.model.path, config.model.thinking)
     if tokens.vocab_size > model["vocab_size"]:
         raise ConfigError(
             f"the tokenizer of {config.model.path} has {tokens.vocab_size} ids, its model only {model['vocab_size']}"

@@ -1,5 +1,6 @@
 """Engines without a trainer: to score a model, or to talk to it."""
 
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -18,7 +19,12 @@ from megatron_sdpo.types import Evaluation
 
 
 async def evaluate_model(config: Config) -> Evaluation:
-    """Held-out scores of ``config.model`` by a fleet of its own, whose files are thrown away."""
+    """Held-out scores of ``config.model`` by a fleet of its own, whose files are thrown away.
+
+    Scores and transcripts are kept in ``config.run_dir`` (report/evaluation.py); the table goes to standard error.
+    """
+    from megatron_sdpo.report.evaluation import EvaluationRecord  # loads matplotlib
+
     task = load_task(config.task.name, **config.task.options)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = RunDir(Path(folder))
@@ -26,7 +32,7 @@ async def evaluate_model(config: Config) -> Evaluation:
         with Fleet(config, run_dir.path, run_dir.token()) as fleet:
             assert fleet.router is not None
             async with EngineClient([fleet.router], run_dir.token(), config.engine.request_timeout_s) as client:
-                tokens = Chat(config.model.path)
+                tokens = Chat(config.model.path, config.model.thinking)
                 sampler = Sampler(
                     client,
                     tokens,
@@ -35,7 +41,10 @@ async def evaluate_model(config: Config) -> Evaluation:
                     config.rollout.verify_workers,
                     config.sampling_seed,
                 )
-                return await evaluate(sampler, task.eval_questions(), config.evaluation, version=0)
+                record = EvaluationRecord(Path(config.run_dir))
+                evaluation = await evaluate(sampler, task.eval_questions(), config.evaluation, 0, record.add)
+    print(f"{record.finish(config)}\nscores and transcripts are in {record.folder}", file=sys.stderr)
+    return evaluation
 
 
 def serve_model(config: Config) -> None:

@@ -73,7 +73,7 @@ class JournalSource:
     """The batches that another run has journalled (types.BatchSource); every rank makes them for itself."""
 
     def __init__(self, config: Config, journal: Journal) -> None:
-        self._config, self._journal, self._tokens = config, journal, Chat(config.model.path)
+        self._config, self._journal, self._tokens = config, journal, Chat(config.model.path, config.model.thinking)
 
     def batch(self, step: int) -> Batch:
         groups = self._journal.groups(step)

@@ -2,7 +2,7 @@
 
 Megatron plans a save (which rank writes what) and finishes it (the index of all files); what lies between is here.
 The writing process is a fork: it sees memory as it was at that instant, so training may go on at once. What lives on
-a GPU is copied to the host before (not yet run on a GPU). It touches no device, starts nothing, and ends with the
+a GPU is copied to the host before. It touches no device, starts nothing, and ends with the
 process that made it.
 """
 

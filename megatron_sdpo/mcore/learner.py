@@ -14,16 +14,17 @@ from torch import Tensor
 
 from megatron_sdpo import batching, guard, objective, spikes
 from megatron_sdpo.batching import MicroBatch, RowCut, View
-from megatron_sdpo.config import Config
+from megatron_sdpo.config import Config, ConfigError
 from megatron_sdpo.divergence import entropy, sampled_log_probs, student_support, support_log_probs
 from megatron_sdpo.fused import Head, scored
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore import finite, platform
 from megatron_sdpo.mcore import optimizer as optim
 from megatron_sdpo.mcore.forward import forward_backward, of_all_ranks, score
+from megatron_sdpo.mcore.fp8 import Precision, token_multiple
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import load_hf
-from megatron_sdpo.mcore.model import build_model
+from megatron_sdpo.mcore.model import build_model, chunks_of
 from megatron_sdpo.mcore.performance import performance
 from megatron_sdpo.mcore.scores import StudentScores, TeacherScores, TeacherStates
 from megatron_sdpo.mcore.targets import Targets
@@ -47,7 +48,8 @@ class Learner:
         self.device = platform.device()
         self.hf_config = read_hf_config(config.model.path)
         self.targets = Targets(config, self.hf_config["hidden_size"], self.device)
-        self.model = build_model(self.hf_config, config.layout, groups, getattr(torch, config.model.dtype))
+        self.model = build_model(self.hf_config, config.layout, groups, getattr(torch, config.model.dtype), config.fp8)
+        self.precision = Precision(chunks_of(self.model), config.fp8)
         load_hf(self.model, config.model.path, groups, config.layout)
         self.wrapped, self.optimizer, self.weights = optim.wrap(self.model, config.optim, config.layout)
         masters, placement = self.weights.masters(), config.teacher.placement
@@ -57,7 +59,7 @@ class Learner:
         penalised = config.objective.kl_coefficient > 0
         self.reference = TeacherWeights(masters, "frozen", placement=placement) if penalised else None
         tensor_ranks = groups.tensor_size if config.layout.sequence_parallel else 1
-        self.row = RowCut(groups.context_rank, groups.context_size, tensor_ranks)
+        self.row = RowCut(groups.context_rank, groups.context_size, tensor_ranks * token_multiple(config.fp8))
         self._count_multiple = groups.pipeline_size if config.layout.virtual_pipeline > 1 else 1
         self.step = 0
         self.history = guard.History()
@@ -65,6 +67,8 @@ class Learner:
         self.norms = spikes.History()
         """What is known of gradient norms; the same on every rank."""
         self._damping = 1.0
+        self._floor: dict[str, float] | None = None
+        """What precision alone makes of the objective; None until the first batch after a start."""
 
     def reset(self) -> None:
         """Back to the model's directory: what follows is, to the bit, what a new learner would do."""
@@ -88,22 +92,27 @@ class Learner:
             return (*old, student_support(logits_CV, kept, self.groups.vocabulary)) if wanted else old
 
         micro_batches = self._cut(batch.samples, self._shares(batch), "student")
-        old, ids = self._score(micro_batches, of_logits)
-        if self.reference is None:
-            return StudentScores(old, ids)
-        with self.reference.swapped_in(self.weights):
-            return StudentScores(old, ids, self._score(micro_batches, self._of_sampled)[0])
+        with self.precision.of(self.config.fp8.student):
+            old, ids = self._score(micro_batches, of_logits)
+            if self.reference is None:
+                return StudentScores(old, ids)
+            with self.reference.swapped_in(self.weights):
+                return StudentScores(old, ids, self._score(micro_batches, self._of_sampled)[0])
 
     def score_teacher(self, batch: Batch, student: StudentScores) -> TeacherScores:
         """Forward only, under the teacher's weights and contexts: log-probs at the support."""
         if not self.config.objective.has_teacher:
             return TeacherScores({})
         _, has_target = self.targets.have_targets(batch.samples)
+        if self._floor is None:
+            self._floor = self._precision_floor(batch)
         shares = [[i for i in share if has_target[i]] for share in self._shares(batch)]
         if not any(shares):
             return TeacherScores({})
+        with self.precision.of(self.config.fp8.teacher):
+            return self._taught(self._cut(batch.samples, shares, "teacher"), student)
 
-        micro_batches = self._cut(batch.samples, shares, "teacher")
+    def _taught(self, micro_batches: Sequence[MicroBatch], student: StudentScores) -> TeacherScores:
         if self.config.objective.support == "vocabulary":
             states = self._teacher_states(micro_batches)
             return TeacherScores({}, self._entropies(micro_batches, states), states)
@@ -111,6 +120,45 @@ class Learner:
             return self._support_scores(micro_batches, student, self._teacher_states(micro_batches))
         with self.teacher.swapped_in(self.weights):
             return self._support_scores(micro_batches, student, None)
+
+    def _precision_floor(self, batch: Batch) -> dict[str, float]:
+        """KL per token of the student's weights from themselves, in the student's and in the teacher's precision.
+
+        On the first micro-batch of each data rank: the same tokens, without a teacher context. A metric; {} without
+        FP8. Above ``fp8.floor_limit`` ConfigError, on every rank.
+        """
+        fp8, vocabulary = self.config.fp8, self.groups.vocabulary
+        if not fp8.kinds:
+            return {}
+        kept = min(self.config.objective.top_k, self.hf_config["vocab_size"] - 1)
+        micro_batches = self._cut(batch.samples, self._shares(batch), "student")[: self._count_multiple]
+
+        def of_student(micro_batch: MicroBatch, logits_CV: Tensor, rows: slice) -> tuple[Tensor, ...]:
+            ids_CK = student_support(logits_CV, kept, vocabulary)
+            return support_log_probs(logits_CV, ids_CK, vocabulary, with_tail=True), ids_CK
+
+        def of_teacher(micro_batch: MicroBatch, logits_CV: Tensor, rows: slice) -> tuple[Tensor, ...]:
+            ids_NK = micro_batch.join(ids, self.targets.none(kept, dtype=torch.int64))
+            return (support_log_probs(logits_CV, ids_NK[rows], vocabulary, with_tail=True),)
+
+        with self.precision.of(fp8.student):
+            student, ids = self._score(micro_batches, of_student)
+        with self.precision.of(fp8.teacher):
+            teacher, _ = self._score(micro_batches, of_teacher)
+        kl = [torch.where(a.exp() > 0, a.exp() * (a - teacher[i]), 0.0).sum() for i, a in student.items()]
+        found = torch.zeros(2, device=self.device, dtype=torch.float64)
+        if self.groups.is_last_stage:
+            found[0], found[1] = sum(map(float, kl)), sum(map(len, student.values()))
+            dist.all_reduce(found, group=self.groups.data)
+        kl_sum, tokens = self._from_last_stage(found.tolist())
+        floor = kl_sum / max(tokens, 1.0)
+        if fp8.floor_limit is not None and not floor <= fp8.floor_limit:
+            raise ConfigError(
+                f"student and teacher of the same weights are {floor:.2e} nats a token apart by precision alone, above"
+                f" fp8.floor_limit {fp8.floor_limit:g}; raise the limit, set fp8.high_precision_layers, or give"
+                " both the same precision"
+            )
+        return {"precision/floor": floor}
 
     def _support_scores(
         self, micro_batches: Sequence[MicroBatch], student: StudentScores, initial: TeacherStates | None
@@ -171,10 +219,11 @@ class Learner:
         self.weights.gather()  # whoever reads the weights from here on finds the new ones
         self.step += 1
         columns = {key: [metrics[key] for metrics in found] for key in found[0]}
+        floor, self._floor = self._floor or {}, {}
         totals = {key: max(c) if key.endswith("/max") else sum(c) / len(c) for key, c in columns.items()}
         if _SKIPPED in totals:
             totals[_SKIPPED] = sum(columns[_SKIPPED])
-        return {**totals, "optim/lr": rate, "optim/guard": self._damping}
+        return {**totals, **floor, "optim/lr": rate, "optim/guard": self._damping}
 
     def update_teacher(self) -> None:
         """Once per generation batch; the teacher may have followed each optimizer step instead."""
@@ -190,7 +239,10 @@ class Learner:
         return performance(batch, self.config, self.hf_config, self.groups.world_size, seconds)
 
     def log_probs(self, ids: Sequence[int]) -> list[float]:
-        """Natural log-probs of ``ids[1:]``, each given those before it, under the current weights; on every rank."""
+        """Natural log-probs of ``ids[1:]``, each given those before it, under the current weights; on every rank.
+
+        In model.dtype, as the engines compute, whatever the passes' precision is.
+        """
         sequences = [[(0, ids[:1], ids[1:])], *[[]] * (self._count_multiple - 1)]
         probe = [batching.pack(held, self.device, self.row) for held in sequences]
         found, _ = self._score(probe, self._of_sampled, temperature=1.0)
@@ -241,7 +293,8 @@ class Learner:
         for ddp in self.wrapped:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return forward_backward(self.wrapped, micro_batches, on_hidden)
+        with self.precision.of(self.config.fp8.student):
+            return forward_backward(self.wrapped, micro_batches, on_hidden)
 
     def _optimizer_step(
         self, batch: Batch, chosen: Sequence[int], student: StudentScores, teacher: TeacherScores

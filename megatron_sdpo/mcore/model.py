@@ -19,13 +19,22 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_sdpo.config import ConfigError, LayoutConfig
+from megatron_sdpo.config import ConfigError, Fp8Config, LayoutConfig
 from megatron_sdpo.mcore import platform
 from megatron_sdpo.mcore.experts import with_experts
+from megatron_sdpo.mcore.fp8 import (
+    EmulatedColumnLinear,
+    EmulatedRowLinear,
+    check_backend,
+    megatron_settings,
+    uses_transformer_engine,
+)
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.modules import PackedRows, cpu_block_spec
 from megatron_sdpo.mcore.names import padded_vocabulary
 from megatron_sdpo.mcore.rotary import inverse_frequencies
+
+NO_FP8 = Fp8Config()
 
 
 class HiddenStatesModel(GPTModel):
@@ -96,10 +105,13 @@ def chunks_of(model: Model) -> list[HiddenStatesModel]:
     return [cast(HiddenStatesModel, chunk) for chunk in model] if isinstance(model, Chunks) else [model]
 
 
-def transformer_config(hf: dict[str, Any], layout: LayoutConfig, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    hf: dict[str, Any], layout: LayoutConfig, dtype: torch.dtype, fp8: Fp8Config = NO_FP8
+) -> TransformerConfig:
     """Megatron's configuration of a model (``hf`` of read_hf_config) under ``layout``, parameters in ``dtype``."""
-    fused = _transformer_engine()
+    fused = uses_transformer_engine(dtype, fp8)
     return TransformerConfig(
+        transformer_impl="transformer_engine" if fused else "local",
         num_layers=hf["num_hidden_layers"],
         hidden_size=hf["hidden_size"],
         ffn_hidden_size=hf["intermediate_size"],
@@ -138,6 +150,7 @@ def transformer_config(hf: dict[str, Any], layout: LayoutConfig, dtype: torch.dt
         apply_rope_fusion=fused,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=_fuses_gradients(layout),
+        **megatron_settings(fp8),
         **_experts(hf, grouped=fused),
         **_recompute(hf, layout, fused),
     )
@@ -200,10 +213,16 @@ def _recompute(hf: dict[str, Any], layout: LayoutConfig, transformer_engine: boo
     return {"recompute_granularity": "selective", "recompute_modules": list(layout.recompute_modules)}
 
 
-def build_model(hf: dict[str, Any], layout: LayoutConfig, groups: ParallelGroups, dtype: torch.dtype) -> Model:
-    """This rank's stages, weights not yet loaded (their memory is not even set: call ``hf.load_hf``)."""
-    config = transformer_config(hf, layout, dtype)
-    spec = _block_spec(config, hf["num_hidden_layers"] // groups.stages)
+def build_model(
+    hf: dict[str, Any], layout: LayoutConfig, groups: ParallelGroups, dtype: torch.dtype, fp8: Fp8Config = NO_FP8
+) -> Model:
+    """This rank's stages, weights not yet loaded (their memory is not even set: call ``hf.load_hf``).
+
+    Their passes run in ``dtype`` until ``fp8.Precision`` says otherwise, which takes ``fp8`` too.
+    """
+    check_backend(fp8)
+    config = transformer_config(hf, layout, dtype, fp8)
+    spec = _block_spec(config, hf["num_hidden_layers"] // groups.stages, "emulated" in fp8.kinds)
     chunks = [_build_stage(hf, config, groups, spec, stage) for stage in groups.own_stages]
     for chunk in chunks:
         chunk.rotary_pos_emb.inv_freq = inverse_frequencies(hf)
@@ -234,7 +253,7 @@ def _build_stage(
         share_embeddings_and_output_weights=hf["tie_word_embeddings"],
         position_embedding_type="rope",
         rotary_base=hf["rope_theta"],
-        rotary_in_attention=not _transformer_engine(),
+        rotary_in_attention=config.transformer_impl == "local",
         vp_stage=stage // groups.pipeline_size if groups.virtual_size > 1 else None,
     )
 
@@ -269,14 +288,10 @@ def _as_gradients_are_wanted(switches: Sequence[str], layer: torch.nn.Module, _:
         setattr(layer, name, torch.is_grad_enabled())
 
 
-def _transformer_engine() -> bool:
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
-def _block_spec(config: TransformerConfig, n_layers: int) -> Any:
-    if not _transformer_engine():
-        return cpu_block_spec(config, n_layers)
-    # Not yet run on a GPU: the same model from Transformer Engine's modules, fused norms, attention, rotary, experts.
+def _block_spec(config: TransformerConfig, n_layers: int, emulated: bool) -> Any:
+    if config.transformer_impl == "local":
+        return cpu_block_spec(config, n_layers, (EmulatedColumnLinear, EmulatedRowLinear) if emulated else None)
+    # The same model from Transformer Engine's modules, fused norms, attention, rotary, experts.
     spec = get_gpt_layer_with_transformer_engine_spec(
         config.num_moe_experts, config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
     )

@@ -1,7 +1,7 @@
 """Packed rows, and the layer modules for machines without Transformer Engine, put in through the layer spec.
 
 A micro-batch is one packed row: the tokens of all its sequences end to end, ``[T, 1, H]`` inside the model, with
-``PackedRows`` saying where each begins. On a GPU Transformer Engine reads the same object (not yet run on a GPU).
+``PackedRows`` saying where each begins. On a GPU Transformer Engine reads the same object.
 """
 
 import functools
@@ -282,8 +282,13 @@ class CausalAttention(MegatronModule):
         return {}
 
 
-def cpu_block_spec(config: TransformerConfig, n_layers: int) -> TransformerBlockSubmodules:
-    """The layers of one stage from the modules above and Megatron's own tensor-parallel linears."""
+def cpu_block_spec(
+    config: TransformerConfig, n_layers: int, linears: tuple[type, type] | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of one stage from the modules above and Megatron's own tensor-parallel linears.
+
+    ``linears``: classes to take instead of its column-parallel and its row-parallel one.
+    """
     spec: ModuleSpec = get_gpt_layer_local_spec(
         config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
@@ -294,7 +299,11 @@ def cpu_block_spec(config: TransformerConfig, n_layers: int) -> TransformerBlock
     attention = layer.self_attention.submodules
     attention.core_attention = CausalAttention
     mlp = layer.mlp.submodules
-    (mlp.experts.submodules if config.num_moe_experts else mlp).activation_func = SwiGLU
+    mlp = mlp.experts.submodules if config.num_moe_experts else mlp
+    mlp.activation_func = SwiGLU
+    if linears is not None:
+        attention.linear_qkv, attention.linear_proj = linears
+        mlp.linear_fc1, mlp.linear_fc2 = linears
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     # A bare layer spec would take Megatron's own norm for the final one.

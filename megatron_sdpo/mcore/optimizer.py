@@ -120,7 +120,7 @@ def set_steps(optimizer: Any, count: float) -> None:
 
 
 def _counts_by_weight(part: Any) -> bool:
-    """As torch's Adam; the fused ones count by parameter group (not yet run on a GPU)."""
+    """As torch's Adam; the fused ones count by parameter group."""
     return isinstance(part.optimizer, torch.optim.Adam)
 
 

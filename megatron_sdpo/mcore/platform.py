@@ -8,6 +8,7 @@ checkpoints are covered, Megatron's inference engines are not.
 
 import contextlib
 import functools
+import importlib.util
 import logging
 import os
 import sys
@@ -24,6 +25,13 @@ _FACTORIES = (
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like"),
 )
 
+_GPU_SETTINGS = {
+    # Transformer Engine reads it when it is imported: scales in fp32, not powers of two, as checkpoints have them.
+    "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1",
+    # Megatron's overlap of tensor-parallel communication with products relies on the order of launches.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+}
+
 
 def device() -> torch.device:
     """Where this rank computes: its CUDA device, or the CPU when there is none."""
@@ -39,6 +47,8 @@ def backend() -> str:
 def redirect_torch() -> None:
     """Make torch.cuda's entry points that Megatron uses answer for the CPU; call before importing megatron."""
     if torch.cuda.is_available():
+        for key, value in (_GPU_SETTINGS | _cudnn_of_torch()).items():
+            os.environ.setdefault(key, value)
         return
     # At import Megatron warns of each GPU library that is absent; here they always are.
     warnings.filterwarnings("ignore", module=r"megatron\.core\b")
@@ -52,6 +62,13 @@ def redirect_torch() -> None:
         setattr(kind, "cuda", lambda self, *args, **kwargs: self)  # noqa: B010
     _type_names()
     _generators()
+
+
+def _cudnn_of_torch() -> dict[str, str]:
+    """Where Transformer Engine shall look for cuDNN first: with that of the system beside torch's, attention fails."""
+    found = importlib.util.find_spec("nvidia.cudnn") if importlib.util.find_spec("nvidia") else None
+    places = list(found.submodule_search_locations or ()) if found else []
+    return {"CUDNN_HOME": places[0]} if places else {}
 
 
 @functools.cache

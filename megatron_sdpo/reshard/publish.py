@@ -197,8 +197,8 @@ class Publisher:
         try:
             if self.transport is None:
                 name = f"megatron-sdpo-stage{self.groups.pipeline_rank}"
-                self.transport = StageTransport(self.engines, name, self.host, self.config.timeout_s)
-            device = next(iter(self.own.values())).device
+                self.transport = StageTransport(self.engines, name, self.host, self.config.timeout_s, self._backend())
+            device = next(iter(self.own.values())).device if self.transport.backend == "nccl" else "cpu"
             for i, bucket in enumerate(buckets):
                 on_device = [(name, tensor.to(device)) for name, tensor in bucket]
                 self.transport.send(on_device, stamp if i == len(buckets) - 1 else None)
@@ -206,6 +206,12 @@ class Publisher:
             self.close()
             return _words(error)
         return None
+
+    def _backend(self) -> str:
+        on_gpu = next(iter(self.own.values())).is_cuda
+        if self.config.backend == "nccl" and not on_gpu:
+            raise PublishError("publish.backend=nccl goes from GPU to GPU, and the trainer has none; set it to auto")
+        return ("nccl" if on_gpu else "gloo") if self.config.backend == "auto" else self.config.backend
 
     def _check(self, version: Version, engine: EngineControl) -> float:
         """Largest probe difference; raises PublishError when the engine serves another version or other numbers."""
@@ -280,9 +286,12 @@ class Publisher:
 
 
 def probe_ids(vocab_size: int, length: int) -> list[int]:
-    """Fixed token ids that visit the whole vocabulary; the same for every rank, step and run."""
+    """Fixed token ids that visit the whole vocabulary but its last entry; the same for every rank, step and run.
+
+    SGLang (0.5.15 and 0.5.21) says 0 instead of that one where it gives log-probs of a prompt.
+    """
     generator = torch.Generator().manual_seed(20_260_120)
-    return torch.randint(vocab_size, (length,), generator=generator).tolist()
+    return torch.randint(vocab_size - 1, (length,), generator=generator).tolist()
 
 
 def _open(engine: EngineControl) -> None:

@@ -46,13 +46,15 @@ def own_address(url: str) -> str:
 class StageTransport:
     """Sender's end of a process group: rank 0 here, then every engine's ranks in order.
 
-    gloo between CPUs, NCCL between GPUs (the NCCL path has not run yet). The rendezvous listens on ``host`` only.
-    Joining and each bucket may take ``timeout_s``. The first failure, which may be that of joining, raises
-    TransportError and is this group's end on both sides: make another transport.
+    ``backend``: gloo between CPUs, or through host memory between GPUs; NCCL between GPUs (which has not run yet). The
+    rendezvous listens on ``host`` only. Joining and each bucket may take ``timeout_s``. The first failure, which may be
+    that of joining, raises TransportError and is this group's end on both sides: make another transport.
     """
 
-    def __init__(self, engines: Sequence[EngineControl], name: str, host: str, timeout_s: float) -> None:
-        self.engines, self.timeout_s = list(engines), timeout_s
+    def __init__(
+        self, engines: Sequence[EngineControl], name: str, host: str, timeout_s: float, backend: str = "gloo"
+    ) -> None:
+        self.engines, self.timeout_s, self.backend = list(engines), timeout_s, backend
         # Engines remember names for as long as they live, which may be longer than this process does.
         self.name = f"{name}-{secrets.token_hex(4)}"
         self._calls: list[Future[Any]] = []
@@ -104,7 +106,7 @@ class StageTransport:
         port = listener.getsockname()[1]
         world_size = 1 + sum(engine.address.tensor_parallel for engine in self.engines)
         timeout = timedelta(seconds=self.timeout_s)
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = self.backend
         self._server = TCPStore(
             host, port, world_size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
         )

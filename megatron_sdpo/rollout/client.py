@@ -80,6 +80,7 @@ class EngineClient:
         n: int,
         max_new_tokens: int,
         temperature: float,
+        top_p: float = 1.0,
         seeds: Sequence[int] | None = None,
     ) -> list[Generated]:
         """``n`` responses to one prompt; each ends at one of the model's end tokens.
@@ -91,8 +92,9 @@ class EngineClient:
         """
         if not prompt_ids:
             raise ValueError("the prompt is empty; SGLang would die of it")
-        # top_p, top_k and min_p are switched off by name: an engine may have other defaults.
-        sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "top_p": 1.0, "top_k": -1, "min_p": 0}
+        # What is not asked for is switched off by name: an engine may have other defaults.
+        sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        sampling |= {"top_p": top_p, "top_k": -1, "min_p": 0}
         if seeds is None:  # a batch in one request is faster than n requests, and than SGLang's own "n"
             return await self._generate([list(prompt_ids)] * n, sampling)
         if len(seeds) != n:

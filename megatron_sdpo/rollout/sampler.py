@@ -22,6 +22,7 @@ class Asked:
     attempts: int
     temperature: float
     purpose: Literal["train", "evaluate"] = "train"
+    top_p: float = 1.0
 
     def seed(self, seed: int, attempt: int) -> int:
         """From 0 to 2**63 - 1: of one attempt in a run of that seed; another for every attempt of the run."""
@@ -90,7 +91,12 @@ class Sampler:
         prompt_ids = self._tokens.prompt_ids(ask.question.messages)
         seeds = None if self._seed is None else [ask.seed(self._seed, i) for i in range(ask.attempts)]
         generated = await self._client.generate(
-            prompt_ids, n=ask.attempts, max_new_tokens=self._max_new_tokens, temperature=ask.temperature, seeds=seeds
+            prompt_ids,
+            n=ask.attempts,
+            max_new_tokens=self._max_new_tokens,
+            temperature=ask.temperature,
+            top_p=ask.top_p,
+            seeds=seeds,
         )
         return tuple(
             Attempt(

@@ -2,8 +2,10 @@
 
 =============  ==========================================================================
 hardware.py    GPUs by name: memory, speed, links
-memory.py      bytes of a trainer rank and of an engine, by what holds them
-timing.py      seconds of a step, by phase
+assumed.py     lengths of samples, shares of stated speeds
+memory.py      bytes of a trainer rank, by what holds them
+engines.py     weights and cache of an engine, how many sequences at once, seconds of generation
+timing.py      FLOPs and seconds of a step, by phase
 planner.py     the two together: a verdict, what to change, and layouts ranked
 page.py        a plan in words
 =============  ==========================================================================

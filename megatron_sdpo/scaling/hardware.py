@@ -1,4 +1,4 @@
-"""GPUs by name, as their makers state them. What a run reaches of it is in timing.py."""
+"""GPUs by name, as their makers state them. What a run reaches of it is in assumed.py."""
 
 from dataclasses import dataclass
 

@@ -10,8 +10,12 @@ backward pass: a token of one layer keeps, in numbers,
   each, sent and returned.
 
 Tensor ranks divide the last two, and with sequence parallelism the first. A pipeline's first rank keeps as many
-micro-batches as there are stages. ``tests/test_scaling.py`` compares this with what small models hold on a CPU. On a
-GPU it has not yet been compared.
+micro-batches as there are stages. Where a linear multiplies in FP8 it keeps its input in FP8, one byte and its scale,
+and of its weight two quantised copies, for the forward and for the backward product (one, if only the teacher's passes
+are FP8).
+
+``tests/test_scaling_memory.py`` compares this with what small models hold on a CPU, ``tests/test_published_figures.py``
+with the formulas and figures that others have published. On a GPU it has not yet been compared.
 """
 
 from collections.abc import Mapping
@@ -19,11 +23,13 @@ from dataclasses import dataclass, fields
 from math import prod
 from typing import Any
 
-from megatron_sdpo.config import Config, LayoutConfig
+from megatron_sdpo.config import Config, Fp8Kind, LayoutConfig
 from megatron_sdpo.mcore import names
 from megatron_sdpo.vocabulary import BLOCK
 
 BYTES = {"float32": 4, "bfloat16": 2}
+FP8_BYTES = 1 + 4 / 128
+"""A number in FP8 and its part of an fp32 scale, of which blockwise has one for 128 numbers."""
 MASTER, MOMENTS = 4, 8
 """Bytes a weight: an fp32 master weight where the model is bf16, and AdamW's two fp32 moments."""
 
@@ -33,6 +39,8 @@ class RankMemory:
     """Bytes of one rank while it trains, at the peak."""
 
     weights: int
+    quantised: int
+    """FP8 copies of the linears' weights, kept between micro-batches."""
     gradients: int
     optimizer: int
     teacher: int
@@ -45,11 +53,19 @@ class RankMemory:
     backward pass of one layer holds for the moment, with what it computes again."""
     swap: int
     """A cast copy of the teacher while it scores; no activations are kept then."""
+    scoring: int
+    """What one layer makes for the moment of the longest row that is scored, the teacher's longer context in it."""
+
+    @property
+    def standing(self) -> int:
+        """Between the passes, whatever runs."""
+        return self.weights + self.quantised + self.gradients + self.optimizer + self.teacher
 
     @property
     def total(self) -> int:
-        standing = sum(getattr(self, f.name) for f in fields(self)) - self.activations - self.swap
-        return standing + max(self.activations, self.swap)
+        scoring = self.swap + self.scoring
+        constant = sum(getattr(self, f.name) for f in fields(self)) - self.activations - scoring
+        return constant + max(self.activations, scoring)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +94,62 @@ def own_stages(layout: LayoutConfig, pipeline_rank: int) -> range:
 def held(hf_config: Mapping[str, Any], layout: LayoutConfig, pipeline_rank: int) -> Held:
     """Numbers in the parameters of a rank, padding of the vocabulary included."""
     stages = layout.pipeline_parallel * layout.virtual_pipeline
-    per_stage = hf_config["num_hidden_layers"] // stages
-    counts = {False: 0, True: 0}
-    for stage in own_stages(layout, pipeline_rank):
-        layers = range(stage * per_stage, (stage + 1) * per_stage)
-        for made_of in names.stage_parameters(hf_config, layers, stage == 0, stage == stages - 1).values():
-            of_expert = made_of[0].expert is not None
-            ranks = layout.expert_tensor if of_expert else layout.tensor_parallel
-            counts[of_expert] += prod(names.local_shape(made_of, ranks))
-    return Held(counts[False], counts[True] // layout.expert_parallel)
+    mine, per_stage = own_stages(layout, pipeline_rank), hf_config["num_hidden_layers"] // stages
+    ends = names.stage_parameters(_one_layer(hf_config), range(0), 0 in mine, stages - 1 in mine)
+    layer, layers = _layer_weights(hf_config, layout), len(mine) * per_stage
+    outside = sum(prod(names.local_shape(made_of, layout.tensor_parallel)) for made_of in ends.values())
+    return Held(outside + layers * layer.dense, layers * layer.experts)
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerWeights:
+    """What a rank holds of one layer; all layers are alike."""
+
+    dense: int
+    experts: int
+    linear: int
+    """Of both, what belongs to linears: all but norms, biases and routers."""
+
+
+def _one_layer(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    return {**hf_config, "num_hidden_layers": 1}
+
+
+def _layer_weights(hf_config: Mapping[str, Any], layout: LayoutConfig) -> _LayerWeights:
+    counts, linear = {False: 0, True: 0}, {False: 0, True: 0}
+    for made_of in names.stage_parameters(_one_layer(hf_config), range(1), False, False).values():
+        first = made_of[0]
+        of_expert = first.expert is not None
+        ranks = layout.expert_tensor if of_expert else layout.tensor_parallel
+        size = prod(names.local_shape(made_of, ranks))
+        counts[of_expert] += size
+        if len(first.shape) == 2 and "router" not in first.parameter:
+            linear[of_expert] += size
+    share = layout.expert_parallel
+    return _LayerWeights(counts[False], counts[True] // share, linear[False] + linear[True] // share)
+
+
+def multiplies_fp8(kind: Fp8Kind) -> bool:
+    """The emulation keeps and costs what the model's dtype does, and more."""
+    return kind in ("blockwise", "tensorwise")
+
+
+def fp8_layers(config: Config, hf_config: Mapping[str, Any], layers: range) -> int:
+    """How many of these layers multiply in FP8 where a pass does."""
+    ends, count = config.fp8.high_precision_layers, hf_config["num_hidden_layers"]
+    return len([layer for layer in layers if ends <= layer < count - ends])
+
+
+def _quantised(config: Config, hf_config: Mapping[str, Any], pipeline_rank: int) -> int:
+    """Bytes of the FP8 copies of a rank's linears."""
+    student, teacher = multiplies_fp8(config.fp8.student), multiplies_fp8(config.fp8.teacher)
+    if not (student or teacher):
+        return 0
+    layout = config.layout
+    per_stage = hf_config["num_hidden_layers"] // (layout.pipeline_parallel * layout.virtual_pipeline)
+    stages = (range(s * per_stage, (s + 1) * per_stage) for s in own_stages(layout, pipeline_rank))
+    layers = sum(fp8_layers(config, hf_config, stage) for stage in stages)
+    return round(layers * _layer_weights(hf_config, layout).linear * FP8_BYTES * (2 if student else 1))
 
 
 def rank_memory(config: Config, hf_config: Mapping[str, Any], pipeline_rank: int, on_cpu: bool = False) -> RankMemory:
@@ -103,6 +166,7 @@ def rank_memory(config: Config, hf_config: Mapping[str, Any], pipeline_rank: int
     tokens = row_tokens(config)
     return RankMemory(
         weights=width * weights,
+        quantised=_quantised(config, hf_config, pipeline_rank),
         gradients=4 * weights,
         optimizer=round(divided * (MOMENTS + (MASTER if width < 4 else 0))),
         teacher=round(copies * (4 * divided + resident)) if on_device else 0,
@@ -110,6 +174,7 @@ def rank_memory(config: Config, hf_config: Mapping[str, Any], pipeline_rank: int
         activations=activations(config, hf_config, pipeline_rank, tokens, on_cpu),
         head=max(_head(config, hf_config, tokens, on_cpu) if last else 0, _backward(config, hf_config, tokens, on_cpu)),
         swap=width * weights if copies and placement == "swapped" and width < 4 else 0,
+        scoring=_scoring(config, hf_config, on_cpu),
     )
 
 
@@ -118,26 +183,57 @@ def row_tokens(config: Config) -> int:
     return -(-max(config.layout.tokens_per_micro_batch, config.model.max_length) // config.layout.context_parallel)
 
 
-def _token_numbers(config: Config, hf_config: Mapping[str, Any], on_cpu: bool) -> tuple[float, float]:
-    """What one layer keeps of a token for its backward pass: (all of it, what enters the layer); numbers."""
-    layout, hidden = config.layout, hf_config["hidden_size"]
+def _scoring(config: Config, hf_config: Mapping[str, Any], on_cpu: bool) -> int:
+    """Of the longest row: a layer's tensors, as if all were kept."""
+    if config.objective.kind == "next_token":
+        return 0
+    longest = max(config.layout.tokens_per_micro_batch, config.model.max_length)
+    if config.objective.has_teacher:
+        longest = max(longest, config.teacher_context.max_prompt_tokens + config.rollout.max_new_tokens)
+    whole, _ = _token_bytes(config, hf_config, range(hf_config["num_hidden_layers"]), on_cpu)
+    return round(-(-longest // config.layout.context_parallel) * whole)
+
+
+def layer_items(config: Config, hf_config: Mapping[str, Any], on_cpu: bool, fp8: bool) -> dict[str, float]:
+    """Bytes that one layer keeps of a token for its backward pass, by what they are; a rank's share."""
+    layout, hidden, width = config.layout, hf_config["hidden_size"], BYTES[config.model.dtype]
     heads, groups, d = hf_config["num_attention_heads"], names.key_value_heads(hf_config), names.head_dim(hf_config)
-    attention = 3 * (heads + groups) * d
+    tensor = layout.tensor_parallel
+    stream = tensor if layout.sequence_parallel else 1
+    entering = FP8_BYTES if fp8 else width  # what enters a linear
+    again = layout.recompute_modules if layout.recompute == "selective" else ()
+    items = {
+        "stream": 2 * hidden * width / stream,
+        "norms": 2 * hidden * entering / stream * ("layernorm" not in again),
+        "products": (heads + 2 * groups) * d * width / tensor,
+        "rotated": (heads + groups) * d * width / tensor,
+        "attention": heads * d * (width + (FP8_BYTES if fp8 else 0)) / tensor,
+    }
     if on_cpu and groups < heads:  # torch repeats keys and values for every head there
-        attention += 2 * (heads - groups) * d
+        items["repeated"] = 2 * (heads - groups) * d * width / tensor
     if "num_experts" in hf_config:
-        chosen = hf_config["num_experts_per_tok"]
-        mlp = chosen * (3 * hf_config["moe_intermediate_size"] + 2 * hidden * layout.tensor_parallel)
+        inner = hf_config["num_experts_per_tok"] * hf_config["moe_intermediate_size"] / tensor
+        whole = tensor if layout.expert_tensor == 1 else 1  # tensor ranks with whole experts divide the tokens
+        items["sent"] = hf_config["num_experts_per_tok"] * hidden * (entering + width) / whole * ("moe" not in again)
     else:
-        mlp = 3 * hf_config["intermediate_size"]
-    stream, norms = 2 * hidden, 2 * hidden
-    if layout.recompute == "selective":
-        norms *= "layernorm" not in layout.recompute_modules
-        mlp *= not {"mlp", "moe"} & set(layout.recompute_modules)
-        if "moe_act" in layout.recompute_modules:
-            mlp -= hf_config["num_experts_per_tok"] * hf_config["moe_intermediate_size"]
-    share = layout.tensor_parallel if layout.sequence_parallel else 1
-    return (stream + norms) / share + (attention + mlp) / layout.tensor_parallel, hidden / share
+        inner = hf_config["intermediate_size"] / tensor
+    kept = not {"mlp", "moe"} & set(again)
+    items["gates"] = 2 * inner * width * kept
+    items["activated"] = inner * entering * (kept and "moe_act" not in again)
+    return items
+
+
+def _token_bytes(config: Config, hf_config: Mapping[str, Any], layers: range, on_cpu: bool) -> tuple[float, float]:
+    """What one of these layers keeps of a token for its backward pass, on average: (all of it, what enters it)."""
+    fp8 = fp8_layers(config, hf_config, layers) / len(layers) if multiplies_fp8(config.fp8.student) else 0.0
+    whole = sum(
+        share * sum(layer_items(config, hf_config, on_cpu, quantised).values())
+        for quantised, share in ((True, fp8), (False, 1 - fp8))
+        if share
+    )
+    layout = config.layout
+    stream = layout.tensor_parallel if layout.sequence_parallel else 1
+    return whole, BYTES[config.model.dtype] * hf_config["hidden_size"] / stream
 
 
 def layers_alive(config: Config, hf_config: Mapping[str, Any], pipeline_rank: int) -> int:
@@ -156,9 +252,10 @@ def activations(
 ) -> int:
     """Bytes kept for the backward passes of the micro-batches in flight, ``tokens`` in each."""
     layout = config.layout
-    whole, entering = _token_numbers(config, hf_config, on_cpu)
     alive = layers_alive(config, hf_config, pipeline_rank)
     per_stage = hf_config["num_hidden_layers"] // (layout.pipeline_parallel * layout.virtual_pipeline)
+    first = own_stages(layout, pipeline_rank)[0] * per_stage
+    whole, entering = _token_bytes(config, hf_config, range(first, first + per_stage), on_cpu)
     if layout.recompute != "full":
         kept = alive * whole
     elif layout.recompute_method == "uniform":
@@ -168,7 +265,7 @@ def activations(
         kept = alive * (again * entering + (1 - again) * whole)
     if layout.distribute_saved_activations:
         kept -= alive * entering * (1 - 1 / layout.tensor_parallel)
-    return round(BYTES[config.model.dtype] * tokens * kept)
+    return round(tokens * kept)
 
 
 def _head(config: Config, hf_config: Mapping[str, Any], tokens: int, on_cpu: bool) -> int:
@@ -186,11 +283,12 @@ def _backward(config: Config, hf_config: Mapping[str, Any], tokens: int, on_cpu:
     """Gradients alive in the backward pass of one MLP, and the layers that are computed again for it."""
     inner = hf_config.get("moe_intermediate_size", 0) * hf_config.get("num_experts_per_tok", 0)
     inner = max(inner, 0 if inner else hf_config["intermediate_size"])
-    numbers = hf_config["hidden_size"] + 4 * inner / config.layout.tensor_parallel
+    bytes_ = BYTES[config.model.dtype] * (hf_config["hidden_size"] + 4 * inner / config.layout.tensor_parallel)
     if config.layout.recompute == "full" and config.layout.recompute_method == "uniform":
         # With block the layers that are computed again come last, when the others have let go of theirs.
-        numbers += config.layout.recompute_num_layers * _token_numbers(config, hf_config, on_cpu)[0]
-    return round(BYTES[config.model.dtype] * tokens * numbers)
+        whole, _ = _token_bytes(config, hf_config, range(hf_config["num_hidden_layers"]), on_cpu)
+        bytes_ += config.layout.recompute_num_layers * whole
+    return round(tokens * bytes_)
 
 
 def _scores(config: Config) -> int:

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import fields
 
-from megatron_sdpo.config import LayoutConfig
+from megatron_sdpo.config import layout_name
+from megatron_sdpo.scaling.assumed import Reach
+from megatron_sdpo.scaling.engines import RESIDUE, SHARE, Sharing
 from megatron_sdpo.scaling.planner import USABLE, Plan
-from megatron_sdpo.scaling.timing import Reach
 
 _ITEMS = {
     "weights": "weights",
+    "quantised": "FP8 copies of weights",
     "gradients": "gradients, fp32",
     "optimizer": "optimizer",
     "teacher": "teacher",
@@ -16,6 +18,7 @@ _ITEMS = {
     "activations": "activations",
     "head": "head, or one layer's backward pass",
     "swap": "teacher's copy, instead of activations",
+    "scoring": "a layer's scoring pass, beside that copy",
 }
 _PHASES = {
     "generate": "generation",
@@ -25,20 +28,7 @@ _PHASES = {
     "exchange": "gradients, optimizer",
     "sync": "weights to engines",
 }
-
-
-def layout_name(layout: LayoutConfig) -> str:
-    """As ``--layout`` takes it. Example: ``tp8sppp4dp2do``."""
-    copies = layout.world_size // (layout.tensor_parallel * layout.pipeline_parallel * layout.context_parallel)
-    slices = f"et{layout.expert_tensor_parallel}" if layout.expert_tensor_parallel else ""
-    parts = [
-        f"tp{layout.tensor_parallel}{'sp' * layout.sequence_parallel}",
-        f"pp{layout.pipeline_parallel}" + (f"vp{layout.virtual_pipeline}" if layout.virtual_pipeline > 1 else ""),
-        f"cp{layout.context_parallel}" if layout.context_parallel > 1 else "",
-        f"ep{layout.expert_parallel}{slices}" if layout.expert_parallel > 1 else "",
-        f"dp{copies}{'do' * layout.distributed_optimizer}",
-    ]
-    return "".join(parts)
+_COMPUTED = ("score_student", "score_teacher", "train")
 
 
 def page(plan: Plan, nodes: int, reach: Reach, changes: Sequence[str]) -> str:
@@ -49,29 +39,64 @@ def page(plan: Plan, nodes: int, reach: Reach, changes: Sequence[str]) -> str:
         f" {config.engine.count} engine(s) of {config.engine.tensor_parallel}: {plan.gpus} of {nodes * 8}"
         f" {plan.gpu.name}",
         f"assumed: prompts of {plan.lengths.prompt} tokens, responses of {plan.lengths.response}, teacher prompts of"
-        f" {plan.lengths.teacher_prompt}; {reach.training:.0%} of the bf16 peak in training, {reach.scoring:.0%} in"
-        f" scoring, {reach.memory:.0%} of memory bandwidth, {reach.links:.0%} of links",
+        f" {plan.lengths.teacher_prompt}",
+        f"reached: {reach.training:.0%} of the bf16 peak in training, {reach.scoring:.0%} in scoring,"
+        f" {reach.experts:.0%} with experts, {reach.fp8:.0%} of the FP8 peak, {reach.memory:.0%} of memory bandwidth,"
+        f" {reach.links:.0%} of links",
+        *_sharing_lines(plan),
         "",
         f"a trainer rank of pipeline rank {plan.stage}, the fullest, GB",
         *(f"  {words:42} {getattr(plan.rank, key) / gb:8.2f}" for key, words in _ITEMS.items()),
         f"  {'at the peak':42} {plan.rank.total / gb:8.2f} of {plan.room / gb:.2f} ({USABLE:.0%} of the GPU)",
-        "a GPU of an engine, GB",
-        f"  {'weights':42} {plan.engine.weights / gb:8.2f}",
-        f"  {'room for keys and values':42} {plan.engine.cache / gb:8.2f}, {plan.engine.sequences} sequences at once",
-        "a step, seconds",
+        *_engine_lines(plan),
+        "a step, PFLOP on all trainer ranks",
+        *(f"  {_PHASES[key]:42} {getattr(plan.flops, key).total / 1e15:8.1f}" for key in _COMPUTED),
+        "a step, seconds: predicted, not yet compared with a run on GPUs",
         *(f"  {words:42} {getattr(plan.time, key):8.2f}" for key, words in _PHASES.items()),
         f"  {'all' + (' (generation runs ahead)' if plan.time.staleness else ''):42} {plan.time.total:8.2f}",
+        f"  weights to engines: {plan.sync_bytes / gb:.2f} GB to each of {config.engine.count}",
         "",
     ]
     if plan.fits:
         lines.append("it fits")
     else:
-        missing = plan.rank.total - plan.room
-        what = f"a trainer rank lacks {missing / gb:.1f} GB" if missing > 0 else "an engine has no room for a sequence"
-        lines.append(f"it does not fit: {what}")
+        lines.append(f"it does not fit: {_lacking(plan)}")
         lines += [f"  would fit: {change}" for change in changes] or ["  no single change makes it fit; see --suggest"]
     assert {field.name for field in fields(plan.rank)} == set(_ITEMS)
     return "\n".join(lines)
+
+
+def _sharing_lines(plan: Plan) -> list[str]:
+    if plan.sharing is Sharing.SEPARATE:
+        return []
+    return [
+        "colocated: engines and trainer ranks take turns on the same GPUs; a plan only, no configuration key does it"
+        f" yet. An engine is assumed to keep {RESIDUE / 1e9:.0f} GB while the trainer works"
+    ]
+
+
+def _engine_lines(plan: Plan) -> list[str]:
+    """Of one GPU of an engine, and of what the engine holds."""
+    engine, gb = plan.engine, 1e9
+    mean = plan.lengths.prompt + plan.lengths.response
+    beside = [f"  {'what the trainer keeps':42} {engine.beside / gb:8.2f}"] if engine.beside else []
+    return [
+        "a GPU of an engine, GB",
+        f"  {'weights':42} {engine.weights / gb:8.2f}",
+        *beside,
+        f"  {'room for keys and values':42} {engine.cache / gb:8.2f} ({SHARE:.0%} of the GPU, less the above)",
+        f"  an engine holds {engine.tokens} tokens: {engine.sequences} sequences of the mean length {mean} at once",
+    ]
+
+
+def _lacking(plan: Plan) -> str:
+    missing = plan.rank.total - plan.room
+    if missing > 0:
+        return f"a trainer rank lacks {missing / 1e9:.1f} GB"
+    return (
+        f"an engine has room for {plan.engine.tokens} tokens, and one sequence may have model.max_length"
+        f" {plan.config.model.max_length}; set engine.tensor_parallel higher"
+    )
 
 
 def ranking(plans: Sequence[Plan], most: int) -> str:

@@ -7,21 +7,14 @@ from typing import Any
 
 from megatron_sdpo.config import Config, ConfigError, LayoutConfig, check
 from megatron_sdpo.hf_config import check_model
+from megatron_sdpo.scaling.assumed import Lengths, Reach
+from megatron_sdpo.scaling.engines import RESIDUE, EngineMemory, Sharing, engine_memory, model_bytes
 from megatron_sdpo.scaling.hardware import Gpu
-from megatron_sdpo.scaling.memory import BYTES, RankMemory, rank_memory
-from megatron_sdpo.scaling.timing import GPUS_PER_NODE, Lengths, Reach, StepTime, kv_bytes, model_bytes, step_time
+from megatron_sdpo.scaling.memory import BYTES, RankMemory, multiplies_fp8, rank_memory
+from megatron_sdpo.scaling.timing import GPUS_PER_NODE, StepFlops, StepTime, step_flops, step_time
 
 USABLE = 0.9
 """Of a GPU's memory: the rest is the driver's, the communicators' and what an allocator cannot hand out."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineMemory:
-    """Bytes of one GPU of an engine, and how many average sequences have room in an engine at once."""
-
-    weights: int
-    cache: int
-    sequences: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +27,22 @@ class Plan:
     stage: int
     rank: RankMemory
     engine: EngineMemory
+    flops: StepFlops
+    sync_bytes: int
+    """Of the weights that go to every engine after a step."""
     time: StepTime
     gpus: int
+    sharing: Sharing
 
     @property
     def room(self) -> float:
-        """Bytes of a GPU that may be used."""
-        return self.gpu.memory_gb * 1e9 * USABLE
+        """Bytes of a GPU that a trainer rank may use."""
+        return self.gpu.memory_gb * 1e9 * USABLE - (RESIDUE if self.sharing is Sharing.COLOCATED else 0)
 
     @property
     def fits(self) -> bool:
-        """Trainer ranks and engines both."""
-        return self.rank.total <= self.room and self.engine.sequences >= 1
+        """Trainer ranks and engines both; an engine that cannot hold one sequence of model.max_length would stop."""
+        return self.rank.total <= self.room and self.engine.tokens >= self.config.model.max_length
 
 
 def plan(
@@ -55,49 +52,68 @@ def plan(
     gpu: Gpu,
     lengths: Lengths,
     reach: Reach,
+    sharing: Sharing = Sharing.SEPARATE,
 ) -> Plan:
     """ConfigError for a layout that cannot work on these nodes, whatever the memory."""
     check(config)
     check_model(config, dict(hf_config))
-    gpus = gpus_of(config, nodes)
-    if config.layout.tensor_parallel > GPUS_PER_NODE:
-        raise ConfigError(
-            f"layout.tensor_parallel {config.layout.tensor_parallel} crosses nodes of {GPUS_PER_NODE} GPUs, where its"
-            f" exchanges in every layer would take most of the time; set {GPUS_PER_NODE} or less"
-        )
+    gpus = gpus_of(config, nodes, sharing)
+    _check_gpu(config, gpu)
     ranks = [rank_memory(config, hf_config, stage) for stage in range(config.layout.pipeline_parallel)]
     stage = max(range(len(ranks)), key=lambda s: ranks[s].total)
+    beside = max(rank.standing for rank in ranks) if sharing is Sharing.COLOCATED else 0
+    engine = engine_memory(config, hf_config, gpu, lengths, beside)
     return Plan(
         config=config,
         gpu=gpu,
         lengths=lengths,
         stage=stage,
         rank=ranks[stage],
-        engine=_engine(config, hf_config, gpu, lengths),
-        time=step_time(config, hf_config, gpu, lengths, reach),
+        engine=engine,
+        flops=step_flops(config, hf_config, lengths),
+        sync_bytes=model_bytes(hf_config, BYTES[config.model.dtype]),
+        time=step_time(config, hf_config, gpu, lengths, reach, engine.sequences, sharing),
         gpus=gpus,
+        sharing=sharing,
     )
 
 
-def gpus_of(config: Config, nodes: int) -> int:
+def gpus_of(config: Config, nodes: int, sharing: Sharing = Sharing.SEPARATE) -> int:
     """How many a run takes, whatever its layout; ConfigError where so many are not there."""
-    gpus = config.layout.world_size + config.engine.count * config.engine.tensor_parallel
+    ranks, engines = config.layout.world_size, config.engine.count * config.engine.tensor_parallel
+    gpus = max(ranks, engines) if sharing is Sharing.COLOCATED else ranks + engines
     there = nodes * GPUS_PER_NODE
     if gpus > there:
         raise ConfigError(
-            f"{config.layout.world_size} trainer ranks and {config.engine.count} engines of"
-            f" {config.engine.tensor_parallel} GPUs need {gpus} GPUs, but {nodes} nodes have {there}; set"
-            " layout.world_size or engine.count lower, or --nodes higher"
+            f"{ranks} trainer ranks and {config.engine.count} engines of {config.engine.tensor_parallel} GPUs need"
+            f" {gpus} GPUs, but {nodes} nodes have {there}; set layout.world_size or engine.count lower, or --nodes"
+            " higher"
         )
     return gpus
 
 
-def _engine(config: Config, hf_config: Mapping[str, Any], gpu: Gpu, lengths: Lengths) -> EngineMemory:
-    tensor, width = config.engine.tensor_parallel, BYTES[config.model.dtype]
-    weights = model_bytes(hf_config, width) // tensor
-    cache = max(0, int(gpu.memory_gb * 1e9 * USABLE) - weights)
-    each = kv_bytes(hf_config, width) * (lengths.prompt + lengths.response) // tensor
-    return EngineMemory(weights, cache, cache // max(1, each))
+def nodes_of(config: Config) -> int:
+    """How many a run takes whose trainer ranks and engines share none, and whose engines cross none."""
+    engines = max(1, GPUS_PER_NODE // config.engine.tensor_parallel)
+    return -(-config.layout.world_size // GPUS_PER_NODE) - (-config.engine.count // engines)
+
+
+def _check_gpu(config: Config, gpu: Gpu) -> None:
+    """Refuse what these nodes cannot do, or only so slowly that nobody wants it."""
+    for key, tensor in {
+        "layout.tensor_parallel": config.layout.tensor_parallel,
+        "engine.tensor_parallel": config.engine.tensor_parallel,
+    }.items():
+        if tensor > GPUS_PER_NODE:
+            raise ConfigError(
+                f"{key} {tensor} crosses nodes of {GPUS_PER_NODE} GPUs, where its exchanges in every layer would take"
+                f" most of the time; set {GPUS_PER_NODE} or less"
+            )
+    if gpu.fp8_tflops is None and any(map(multiplies_fp8, config.fp8.kinds)):
+        raise ConfigError(
+            f"fp8 {config.fp8.kinds[0]} needs a GPU with FP8 matrix products, which {gpu.name} has not; set"
+            " fp8.student=off and fp8.teacher=off, or another --gpu"
+        )
 
 
 def changes(found: Plan, hf_config: Mapping[str, Any], nodes: int, reach: Reach) -> list[str]:
@@ -114,17 +130,22 @@ def changes(found: Plan, hf_config: Mapping[str, Any], nodes: int, reach: Reach)
         with_layout("layout.sequence_parallel=true", sequence_parallel=True)
     if layout.recompute != "full":
         with_layout("layout.recompute=full", recompute="full", recompute_modules=LayoutConfig().recompute_modules)
-    if config.objective.has_teacher and config.teacher.kind != "live":
+    if config.objective.has_teacher and config.teacher.kind != "live" and config.teacher.placement != "offloaded":
         tried["teacher.placement=offloaded"] = dataclasses.replace(
             config, teacher=dataclasses.replace(config.teacher, placement="offloaded")
         )
+    count, tensor = config.engine.count, config.engine.tensor_parallel
+    if count > 1:
+        larger = dataclasses.replace(config.engine, count=count // 2, tensor_parallel=2 * tensor)
+        words = f"engine.tensor_parallel={2 * tensor} engine.count={count // 2}"
+        tried[words] = dataclasses.replace(config, engine=larger)
     for key in ("tensor_parallel", "pipeline_parallel", "context_parallel"):
         more = 2 * getattr(layout, key)
         with_layout(f"layout.{key}={more}", **{key: more})
     lines = []
     for words, changed in tried.items():
         try:
-            other = plan(changed, hf_config, nodes, found.gpu, found.lengths, reach)
+            other = plan(changed, hf_config, nodes, found.gpu, found.lengths, reach, found.sharing)
         except ConfigError:
             continue
         if other.fits:
@@ -133,18 +154,29 @@ def changes(found: Plan, hf_config: Mapping[str, Any], nodes: int, reach: Reach)
 
 
 def suggest(
-    config: Config, hf_config: Mapping[str, Any], nodes: int, gpu: Gpu, lengths: Lengths, reach: Reach
+    config: Config,
+    hf_config: Mapping[str, Any],
+    nodes: int,
+    gpu: Gpu,
+    lengths: Lengths,
+    reach: Reach,
+    sharing: Sharing = Sharing.SEPARATE,
 ) -> list[Plan]:
     """Layouts of as many trainer ranks: those that fit, the shortest step first, then the smallest others."""
-    gpus_of(config, nodes)  # no layout would help
+    gpus_of(config, nodes, sharing)  # no layout would help
     found = []
     for layout in _layouts(config.layout, hf_config):
         try:
-            other = plan(dataclasses.replace(config, layout=layout), hf_config, nodes, gpu, lengths, reach)
+            other = plan(dataclasses.replace(config, layout=layout), hf_config, nodes, gpu, lengths, reach, sharing)
         except ConfigError:
             continue
         found.append(other)
-    return sorted(found, key=lambda p: (not p.fits, p.time.total if p.fits else 0.0, p.rank.total))
+
+    def order(p: Plan) -> tuple[bool, float, float, int]:
+        # Where generation takes longer than the trainer, the trainer's own time tells layouts apart.
+        return (not p.fits, *((p.time.total, p.time.trainer) if p.fits else (0.0, 0.0)), p.rank.total)
+
+    return sorted(found, key=order)
 
 
 def _layouts(layout: LayoutConfig, hf_config: Mapping[str, Any]) -> Iterator[LayoutConfig]:

@@ -6,39 +6,16 @@ compared with a run on GPUs. What it is good for is to rank layouts and to see w
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
-from megatron_sdpo.config import Config
+from megatron_sdpo.config import Config, Fp8Kind
 from megatron_sdpo.flops import Tokens, forward_flops, layer_parameters
-from megatron_sdpo.mcore import names
+from megatron_sdpo.scaling.assumed import Lengths, Reach
+from megatron_sdpo.scaling.engines import Sharing, generation_seconds, kv_bytes, model_bytes
 from megatron_sdpo.scaling.hardware import Gpu
-from megatron_sdpo.scaling.memory import BYTES, held
+from megatron_sdpo.scaling.memory import BYTES, fp8_layers, held, multiplies_fp8
 
 GPUS_PER_NODE = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Reach:
-    """Which share of a stated speed a run reaches."""
-
-    training: float = 0.4
-    """Of the matrix products' peak, in training passes."""
-    scoring: float = 0.45
-    """The same in forward-only passes and prefill."""
-    memory: float = 0.6
-    """Of memory bandwidth, decoding and in the optimizer."""
-    links: float = 0.6
-    """Of links within a node and between nodes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Tokens of an average sample."""
-
-    prompt: int
-    response: int
-    teacher_prompt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,41 +44,102 @@ class StepTime:
         return self.generate + self.trainer
 
 
-def usual_lengths(config: Config) -> Lengths:
-    """Where nobody says: prompts of 256 tokens, responses of a quarter of the longest, a response in the context."""
-    response = max(1, config.rollout.max_new_tokens // 4)
-    prompt = max(1, min(256, config.model.max_length - config.rollout.max_new_tokens))
-    return Lengths(prompt, response, min(prompt + response, config.teacher_context.max_prompt_tokens))
-
-
-def step_time(config: Config, hf_config: Mapping[str, Any], gpu: Gpu, lengths: Lengths, reach: Reach) -> StepTime:
-    """Of one generation batch."""
+def step_time(
+    config: Config,
+    hf_config: Mapping[str, Any],
+    gpu: Gpu,
+    lengths: Lengths,
+    reach: Reach,
+    sequences: int,
+    sharing: Sharing = Sharing.SEPARATE,
+) -> StepTime:
+    """Of one generation batch; ``sequences``: at once in an engine, at most."""
+    flops = step_flops(config, hf_config, lengths)
     student, teacher = lengths.prompt + lengths.response, lengths.teacher_prompt + lengths.response
     samples = config.rollout.prompts_per_step * config.rollout.attempts_per_prompt
-    peak = config.layout.world_size * gpu.bf16_tflops * 1e12
-    forward = _forward(hf_config, samples, student, lengths.response)
-    teaching = _forward(hf_config, samples, teacher, lengths.response) if config.objective.has_teacher else 0
-    scorings = 0 if config.objective.kind == "next_token" else 2 if config.objective.kl_coefficient else 1
-    passes = 4 if config.layout.recompute == "full" else 3
     mini = config.optim.mini_batches
     token = _token_exchange(config, hf_config, gpu, reach)
+    experts = "num_experts" in hf_config
+    scorings, passes = _scorings(config), _passes(config)
 
-    def seconds(flops: float, share: float, tokens: int, exchanges: int, mini_batches: int = 1) -> float:
-        return (flops / (peak * share) + exchanges * tokens * token) / _filled(config, tokens / mini_batches)
+    def seconds(work: Work, kind: Fp8Kind, share: float, tokens: int, exchanges: int, mini_batches: int = 1) -> float:
+        fp8_share = reach.fp8 if multiplies_fp8(kind) and not experts else None
+        computing = work.seconds(gpu, config.layout.world_size, reach.experts if experts else share, fp8_share)
+        return (computing + exchanges * tokens * token) / _filled(config, tokens / mini_batches)
 
+    fp8 = config.fp8
     return StepTime(
-        generate=_generation(config, hf_config, gpu, lengths, reach),
-        score_student=scorings * seconds(forward, reach.scoring, samples * student, 1),
-        score_teacher=seconds(teaching, reach.scoring, samples * teacher, 1) if teaching else 0.0,
-        train=seconds(passes * forward, reach.training, samples * student, passes - 1, mini),
+        generate=generation_seconds(config, hf_config, gpu, lengths, reach, sequences),
+        score_student=seconds(flops.score_student, fp8.student, reach.scoring, samples * student, scorings),
+        score_teacher=seconds(flops.score_teacher, fp8.teacher, reach.scoring, samples * teacher, 1)
+        if flops.score_teacher.total
+        else 0.0,
+        train=seconds(flops.train, fp8.student, reach.training, samples * student, passes - 1, mini),
         exchange=mini * _exchange(config, hf_config, gpu, reach),
-        sync=_sync(config, hf_config, gpu, reach),
-        staleness=config.rollout.max_staleness,
+        sync=_sync(config, hf_config, gpu, reach, sharing),
+        staleness=0 if sharing is Sharing.COLOCATED else config.rollout.max_staleness,
     )
 
 
-def _forward(hf_config: Mapping[str, Any], samples: int, length: int, response: int) -> int:
-    return forward_flops(hf_config, Tokens(samples * length, samples * length * (length + 1) // 2, samples * response))
+@dataclass(frozen=True, slots=True)
+class Work:
+    """FLOPs of a phase on all ranks together, with what is computed again."""
+
+    linear: float
+    """Products with the layers' weights that are FP8 where the pass is."""
+    rest: float
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.rest
+
+    def seconds(self, gpu: Gpu, ranks: int, share: float, fp8_share: float | None) -> float:
+        """At a share of the bf16 peak, and what is linear at one of the FP8 peak, if any."""
+        plain = gpu.bf16_tflops * share
+        quantised = plain if fp8_share is None else (gpu.fp8_tflops or gpu.bf16_tflops) * fp8_share
+        return (self.linear / quantised + self.rest / plain) / (ranks * 1e12)
+
+
+@dataclass(frozen=True, slots=True)
+class StepFlops:
+    """Of a generation batch, by phase of the trainer."""
+
+    score_student: Work
+    score_teacher: Work
+    train: Work
+
+    @property
+    def total(self) -> float:
+        return self.score_student.total + self.score_teacher.total + self.train.total
+
+
+def step_flops(config: Config, hf_config: Mapping[str, Any], lengths: Lengths) -> StepFlops:
+    """What the trainer computes for one generation batch."""
+    layers = hf_config["num_hidden_layers"]
+    fp8_share = fp8_layers(config, hf_config, range(layers)) / layers
+    samples = config.rollout.prompts_per_step * config.rollout.attempts_per_prompt
+
+    def work(prompt: int, passes: int) -> Work:
+        length = prompt + lengths.response
+        tokens = Tokens(samples * length, samples * length * (length + 1) // 2, samples * lengths.response)
+        linear = fp8_share * 2 * tokens.tokens * layers * layer_parameters(hf_config)
+        return Work(passes * linear, passes * (forward_flops(hf_config, tokens) - linear))
+
+    return StepFlops(
+        score_student=work(lengths.prompt, _scorings(config)),
+        score_teacher=work(lengths.teacher_prompt, 1 if config.objective.has_teacher else 0),
+        train=work(lengths.prompt, _passes(config)),
+    )
+
+
+def _scorings(config: Config) -> int:
+    """Forward passes over the student's view before training."""
+    return 0 if config.objective.kind == "next_token" else 2 if config.objective.kl_coefficient else 1
+
+
+def _passes(config: Config) -> int:
+    """Forward passes that training is as long as."""
+    return 4 if config.layout.recompute == "full" else 3
 
 
 def _filled(config: Config, tokens: float) -> float:
@@ -146,43 +184,10 @@ def _exchange(config: Config, hf_config: Mapping[str, Any], gpu: Gpu, reach: Rea
     return seconds
 
 
-def kv_bytes(hf_config: Mapping[str, Any], width: int) -> int:
-    """Of one token in all layers."""
-    return 2 * hf_config["num_hidden_layers"] * names.key_value_heads(hf_config) * names.head_dim(hf_config) * width
-
-
-def model_bytes(hf_config: Mapping[str, Any], width: int) -> int:
-    """Of all weights, as the checkpoint has them."""
-    return width * sum(prod(tensor.shape) for tensor in names.hf_layout(hf_config).values())
-
-
-def _generation(config: Config, hf_config: Mapping[str, Any], gpu: Gpu, lengths: Lengths, reach: Reach) -> float:
-    """Prefill of every question once, decoding of an average response by full engines, then of the longest by few.
-
-    A decoding step reads the weights that its tokens are multiplied by and the keys and values of all sequences, or
-    computes, whichever takes longer.
-    """
-    engine, rollout, width = config.engine, config.rollout, BYTES[config.model.dtype]
-    each = -(-rollout.prompts_per_step * rollout.attempts_per_prompt // engine.count)
-    at_once = min(each, engine.max_running_requests)
-    waves = -(-each // at_once)
-    speed = engine.tensor_parallel * gpu.memory_gb_s * 1e9 * reach.memory
-    compute = engine.tensor_parallel * gpu.bf16_tflops * 1e12 * reach.scoring
-
-    def decoding(sequences: int, context: float) -> float:
-        active = 2 * sequences * hf_config["num_hidden_layers"] * layer_parameters(hf_config)
-        read = model_bytes(hf_config, width) + sequences * context * kv_bytes(hf_config, width)
-        return max(read / speed, active / compute)
-
-    prefill = _forward(hf_config, rollout.prompts_per_step, lengths.prompt, 0) / engine.count / compute
-    average = waves * lengths.response * decoding(at_once, lengths.prompt + lengths.response / 2)
-    longest = max(0, rollout.max_new_tokens - lengths.response) * decoding(1, lengths.prompt + rollout.max_new_tokens)
-    return prefill + average + longest
-
-
-def _sync(config: Config, hf_config: Mapping[str, Any], gpu: Gpu, reach: Reach) -> float:
+def _sync(config: Config, hf_config: Mapping[str, Any], gpu: Gpu, reach: Reach, sharing: Sharing) -> float:
     """Every pipeline rank's first tensor rank broadcasts its layers to all engines."""
     bytes_ = model_bytes(hf_config, BYTES[config.model.dtype])
     gpus = config.layout.world_size + config.engine.count * config.engine.tensor_parallel
-    speed = gpu.network_gb_s if gpus > GPUS_PER_NODE else gpu.link_gb_s
+    within = sharing is Sharing.COLOCATED or gpus <= GPUS_PER_NODE
+    speed = gpu.link_gb_s if within else gpu.network_gb_s
     return bytes_ / config.layout.pipeline_parallel / (speed * 1e9 * reach.links)

@@ -16,7 +16,12 @@ import msgspec
 from megatron_sdpo.config import ConfigError
 from megatron_sdpo.types import Task
 
-TASKS = {"minipipe": "megatron_sdpo.tasks.minipipe:MiniPipe"}
+TASKS = {
+    "minipipe": "megatron_sdpo.tasks.minipipe:MiniPipe",
+    "maths": "megatron_sdpo.tasks.maths:Maths",
+    "sciknoweval": "megatron_sdpo.tasks.sciknoweval:SciKnowEval",
+    "tooluse": "megatron_sdpo.tasks.tooluse:ToolUse",
+}
 """Name -> where the class is. A module is imported only when its task is asked for."""
 
 _METHODS = ("train_questions", "eval_questions", "verify")

@@ -1,0 +1,121 @@
+"""What an engine holds and how fast it generates: weights, keys and values, how many sequences at once, seconds.
+
+Engines have GPUs of their own. ``Sharing.COLOCATED`` plans what the configuration does not offer yet: engines and
+trainer ranks take turns on the same GPUs, the trainer keeps what it holds between its passes, the engines give back
+weights and cache while it trains. No number here has been compared with an engine on a GPU.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from math import prod
+from typing import Any
+
+from megatron_sdpo.config import Config
+from megatron_sdpo.flops import Tokens, forward_flops, layer_parameters
+from megatron_sdpo.mcore import names
+from megatron_sdpo.scaling.assumed import Lengths, Reach
+from megatron_sdpo.scaling.hardware import Gpu
+from megatron_sdpo.scaling.memory import BYTES
+
+SHARE = 0.85
+"""Of a GPU that an engine's weights and cache may take; SGLang leaves about so much to its passes and CUDA graphs."""
+RESIDUE = 2_000_000_000
+"""Bytes that a colocated engine keeps of a GPU while the trainer works: its context and graphs. An assumption."""
+
+
+class Sharing(Enum):
+    """Whether engines have GPUs of their own."""
+
+    SEPARATE = "separate"
+    COLOCATED = "colocated"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMemory:
+    """One GPU of an engine, in bytes, and what the engine can hold at once."""
+
+    weights: int
+    cache: int
+    """Room for keys and values."""
+    beside: int
+    """Of a colocated trainer rank, which stays while the engine generates."""
+    tokens: int
+    """Whose keys and values an engine holds: the room, or engine.max_total_tokens if that is less."""
+    sequences: int
+    """Of the mean length, at once: as many as the tokens allow, at most engine.max_running_requests."""
+
+
+def model_bytes(hf_config: Mapping[str, Any], width: int) -> int:
+    """Of all weights, as the checkpoint has them."""
+    return width * sum(_weights(hf_config))
+
+
+def _weights(hf_config: Mapping[str, Any]) -> tuple[int, int]:
+    """Numbers in the weights that every token meets, and in the experts."""
+    met, experts = 0, 0
+    for tensor in names.hf_layout({**hf_config, "num_hidden_layers": 1}).values():  # all layers are alike
+        size = prod(tensor.shape) * (1 if tensor.layer is None else hf_config["num_hidden_layers"])
+        if tensor.expert is None:
+            met += size
+        else:
+            experts += size
+    return met, experts
+
+
+def _read(hf_config: Mapping[str, Any], sequences: int, width: int) -> float:
+    """Bytes of weights that a decoding step reads: of the experts those that a token of some sequence goes to."""
+    met, experts = _weights(hf_config)
+    if experts:
+        passed_by = (1 - hf_config["num_experts_per_tok"] / hf_config["num_experts"]) ** sequences
+        experts *= 1 - passed_by
+    return width * (met + experts)
+
+
+def kv_bytes(hf_config: Mapping[str, Any], width: int, tensor_parallel: int = 1) -> int:
+    """Of one token in all layers, on one GPU; with fewer key-value heads than GPUs several hold the same one."""
+    heads = -(-names.key_value_heads(hf_config) // tensor_parallel)
+    return 2 * hf_config["num_hidden_layers"] * heads * names.head_dim(hf_config) * width
+
+
+def engine_memory(
+    config: Config, hf_config: Mapping[str, Any], gpu: Gpu, lengths: Lengths, beside: int = 0
+) -> EngineMemory:
+    """``beside``: bytes of the GPU that are not the engine's."""
+    engine, width = config.engine, BYTES[config.model.dtype]
+    weights = model_bytes(hf_config, width) // engine.tensor_parallel
+    cache = max(0, int(gpu.memory_gb * 1e9 * SHARE) - weights - beside)
+    tokens = cache // kv_bytes(hf_config, width, engine.tensor_parallel)
+    if engine.max_total_tokens is not None:
+        tokens = min(tokens, engine.max_total_tokens)
+    sequences = min(tokens // (lengths.prompt + lengths.response), engine.max_running_requests)
+    return EngineMemory(weights, cache, beside, tokens, sequences)
+
+
+def generation_seconds(
+    config: Config, hf_config: Mapping[str, Any], gpu: Gpu, lengths: Lengths, reach: Reach, sequences: int
+) -> float:
+    """Prefill of every question once, decoding of an average response by full engines, then of the longest by few.
+
+    A decoding step reads the weights that its tokens are multiplied by, and the keys and values of all sequences, or
+    computes, whichever takes longer. ``sequences``: at once in an engine, at most.
+    """
+    engine, rollout, width = config.engine, config.rollout, BYTES[config.model.dtype]
+    each = -(-rollout.prompts_per_step * rollout.attempts_per_prompt // engine.count)
+    at_once = max(1, min(each, sequences))
+    waves = each / at_once  # one that ends makes room for the next
+    speed = engine.tensor_parallel * gpu.memory_gb_s * 1e9 * reach.memory
+    compute = engine.tensor_parallel * gpu.bf16_tflops * 1e12 * reach.scoring
+    cached = engine.tensor_parallel * kv_bytes(hf_config, width, engine.tensor_parallel)
+
+    def decoding(sequences: int, context: float) -> float:
+        active = 2 * sequences * hf_config["num_hidden_layers"] * layer_parameters(hf_config)
+        read = _read(hf_config, sequences, width) + sequences * context * cached
+        return max(read / speed, active / compute)
+
+    prompts = rollout.prompts_per_step
+    asked = Tokens(prompts * lengths.prompt, prompts * lengths.prompt * (lengths.prompt + 1) // 2, 0)
+    prefill = forward_flops(hf_config, asked) / engine.count / compute
+    average = waves * lengths.response * decoding(at_once, lengths.prompt + lengths.response / 2)
+    longest = max(0, rollout.max_new_tokens - lengths.response) * decoding(1, lengths.prompt + rollout.max_new_tokens)
+    return prefill + average + longest
