@@ -15,10 +15,6 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 GOLDEN = ROOT / "tests" / "golden" / "sdpo_70b.json"
 """After a wanted change: copy what the failing test prints."""
 NODES = 16
-GEOMETRY = (
-    *("layout.tensor_parallel=8", "layout.pipeline_parallel=4", "layout.world_size=64"),
-    *("engine.count=16", "engine.tensor_parallel=4"),
-)
 SMI = """#!/bin/bash
 if [ "$1" = topo ]; then
   for i in {0..7}; do
@@ -54,12 +50,11 @@ def submit(slurm: Sandbox, folder: Path, *options: str, **more: str) -> Job:
         (port / "link_layer").write_text("InfiniBand\n")
     settings = {
         "SDPO_DRY_RUN": "1",
-        "SDPO_RECIPE": "minipipe",
         "SDPO_NVIDIA_SMI": str(smi),
         "SDPO_INFINIBAND": str(adapters),
         **more,
     }
-    return slurm.submit("sdpo_70b.sh", folder, *GEOMETRY, options=options, **settings)
+    return slurm.submit("sdpo_70b.sh", folder, options=options, **settings)
 
 
 def rendered(job: Job) -> str:

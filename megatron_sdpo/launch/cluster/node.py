@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -24,7 +25,6 @@ from megatron_sdpo.launch.roles import HOST, POLL_S, Role, environment, start_ro
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.launch.status import request_stop
 from megatron_sdpo.rollout import lifeline
-from megatron_sdpo.rollout.control import EngineError
 from megatron_sdpo.rollout.fleet import Fleet, Share, log_tail
 
 TICK_S = 1.0
@@ -61,8 +61,9 @@ class Node:
                 try:
                     self._obey()
                     self._look_after_roles()
-                except (EngineError, ConfigError, OSError) as error:
-                    self._fail("node", str(error))
+                except Exception as error:  # whatever it is, the conductor must hear of it
+                    traceback.print_exc()
+                    self._fail("node", f"{str(error) or repr(error)}; {self._where()}")
                 time.sleep(POLL_S)
         finally:
             stop_roles(self._roles, grace_s=0.0)  # they do not hear SIGTERM
