@@ -102,10 +102,10 @@ def test_a_wrong_configuration_fails_at_once_with_the_sentence(slurm: Sandbox, t
 
 def test_the_time_limit_leads_to_a_checkpoint_and_a_requeue(slurm: Sandbox, tmp_path: Path) -> None:
     """The limit is moved so near that the warning is due; while the job waits in the queue, it is moved away."""
-    job = minipipe(slurm, tmp_path, "steps=60", "checkpoint.every=1000", options=("--time=20", "--signal=B:USR1@65"))
+    job = minipipe(slurm, tmp_path, "steps=60", "checkpoint.every=1000", options=("--time=20", "--signal=B:USR1@600"))
     job.until(lambda: last_step(job) >= 2)
     hours, minutes, _ = map(int, job.look()["RunTime"].split(":"))
-    slurm.client("scontrol", "update", f"JobId={job.number}", f"TimeLimit={hours * 60 + minutes + 2}")
+    slurm.client("scontrol", "update", f"JobId={job.number}", f"TimeLimit={hours * 60 + minutes + 10}")
     job.until(lambda: job.look()["Restarts"] == "1")
     slurm.client("scontrol", "update", f"JobId={job.number}", "TimeLimit=20")
     assert "got USR1" in job.text()
