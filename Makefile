@@ -92,7 +92,7 @@ test-nemo: nemo-setup ## NeMo-Run, and NeMo-Run on a real Slurm where one can be
 # As root on Debian it installs what is missing; elsewhere the tests say why they are skipped.
 test-slurm: setup ## whole jobs on a real Slurm with several nodes on this machine
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v slurmctld >/dev/null; then \
-	    tools/slurm_sandbox.sh install; fi
+	    PYXIS=1 tools/slurm_sandbox.sh install; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm -rs
 
 bench: setup ## time trainer, saves and generation against their baselines (results belong in tools/BENCHMARKS.md)

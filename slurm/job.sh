@@ -14,6 +14,14 @@ job_nodes() {
   done | paste -sd' '
 }
 
+# CPUs that every node of the job has: without asking for them a step may be bound to one.
+job_cpus() {
+  local name
+  for name in SLURM_JOB_CPUS_PER_NODE ${!SLURM_JOB_CPUS_PER_NODE_HET_GROUP_*}; do
+    echo "${!name:-}" | sed 's/([^)]*)//g' | tr , '\n'
+  done | sort -n | sed '/^$/d' | head -1
+}
+
 # The code as it was when the job was submitted: RUN_DIR/code; that of an earlier job stays as code-N when it differs.
 snapshot() {
   local code=$SDPO_RUN_DIR/code new=$SDPO_RUN_DIR/.code.new number=1
@@ -52,8 +60,10 @@ warned() { say "got $1: asked the trainer to save and stop"; echo "$2" >"$SDPO_R
 
 requeue() {
   local state excluded
+  trap '' TERM USR1 # what puts the job back ends this script; the commands after it must still run
   state=$(scontrol show job "$SLURM_JOB_ID" | grep -oE 'JobState=[A-Z_]+' | head -1)
-  if [ "$state" = JobState=CANCELLED ]; then say "cancelled: not put back into the queue"; exit 1; fi
+  # One that is cancelled is COMPLETING by now, as is one that Slurm itself puts back; neither must be put back here.
+  if [ "$state" != JobState=RUNNING ]; then say "the job is being ended (${state#*=}): not put back into the queue"; exit 1; fi
   if [ -s "$SDPO_RUN_DIR/excluded-nodes" ]; then
     excluded=$(sort -u "$SDPO_RUN_DIR/excluded-nodes" | paste -sd,)
     say "back into the queue, without $excluded"
@@ -67,7 +77,7 @@ requeue() {
 }
 
 run_job() {
-  local step pyxis=() groups=()
+  local step mounts pyxis=() groups=()
   set -euo pipefail
   # shellcheck source=slurm/site.env
   source "$SDPO_HOME/slurm/site.env"
@@ -81,13 +91,14 @@ run_job() {
   export ${!SDPO_*}
   export MEGATRON_SDPO_PORTS=$SDPO_PORTS PYTHONPATH=$SDPO_RUN_DIR/code:$PWD PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
   if [ -n "$SDPO_CONTAINER" ]; then
+    mounts=$(printf '%s\n' "$PWD" "$SDPO_RUN_DIR" | sort -u | sed 's/.*/&:&/' | paste -sd,)
     pyxis=(--container-image="$SDPO_CONTAINER" --container-workdir="$PWD" --no-container-mount-home
-      --container-mounts="$PWD:$PWD,$SDPO_HOME:$SDPO_HOME,$SDPO_RUN_DIR:$SDPO_RUN_DIR${SDPO_MOUNTS:+,$SDPO_MOUNTS}")
+      --container-mounts="$mounts${SDPO_MOUNTS:+,$SDPO_MOUNTS}")
   fi
   [ -n "${SLURM_HET_SIZE:-}" ] && groups=(--het-group="0-$((SLURM_HET_SIZE - 1))")
   say "job $SLURM_JOB_ID, $SDPO_ATTEMPT of $SDPO_RUN_DIR on $SDPO_NODES"
   # shellcheck disable=SC2086
-  srun "${groups[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60 "${pyxis[@]}" $SDPO_SRUN \
+  srun "${groups[@]}" --ntasks-per-node=1 --cpus-per-task="$(job_cpus)" --cpu-bind=none --kill-on-bad-exit=0 --wait=60 "${pyxis[@]}" $SDPO_SRUN \
     "$SDPO_PYTHON" -m megatron_sdpo.launch.cluster.node "$@" &
   step=$!
   while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done # a warning ends one wait

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -30,6 +31,7 @@ from megatron_sdpo.reshard.plan import plan
 from megatron_sdpo.reshard.publish import Publisher, PublishError
 from megatron_sdpo.reshard.transport import LEAVE_S
 from megatron_sdpo.rollout.control import EngineControl, EngineError
+from megatron_sdpo.types import EngineAddress
 from tests.dist_learner import parse
 from tests.faulty_control import FaultyControl
 from tests.learner_setup import make_config
@@ -312,6 +314,44 @@ def two_engines(ranks: Ranks) -> None:
     ranks.assert_paused()
 
 
+class KnownFleet:
+    """Engines whose controls exist already (reshard.publish.Fleet)."""
+
+    def __init__(self, engines: list[FaultyControl]) -> None:
+        self.there = [engine.address for engine in engines]
+        self.confirmed: list[tuple[str, list[str]]] = []
+        self._known = {engine.address: engine for engine in engines}
+
+    def engines(self) -> list[EngineAddress]:
+        return self.there
+
+    def control(self, address: EngineAddress) -> EngineControl:
+        return self._known[address]
+
+    def confirm(self, stamp: str, engines: Sequence[EngineAddress]) -> None:
+        self.confirmed.append((stamp, [address.name for address in engines]))
+
+
+def left_out(ranks: Ranks) -> None:
+    """Of two engines one is killed while weights travel: the other gets this version, and the next."""
+    publisher, _ = _published(ranks)
+    publisher.fleet = fleet = KnownFleet(ranks.engines)
+    if _sends(ranks, ranks.groups.pipeline_size - 1):
+        ranks.engines[1].fail(BUCKET, 2, "kill")
+    stamps = []
+    for version, name in ((2, "b"), (3, "a")):
+        ranks.load(name)
+        publisher.publish(version)
+        assert publisher.served is not None and publisher.served.number == version
+        stamps.append(publisher.served.stamp)
+        ranks.engines = ranks.engines[:1]
+        ranks.assert_serves(stamps[-1], name)
+        fleet.there = fleet.there[:1]
+    if ranks.groups.rank == 0:
+        assert fleet.confirmed == [(stamp, ["engine-0"]) for stamp in stamps], fleet.confirmed
+    publisher.close()
+
+
 def _stop_and_continue(ranks: Ranks, publisher: Publisher) -> None:
     """Engine 1 stands still for a while, as under a debugger or on a machine that swaps."""
     if _sends(ranks, 0):
@@ -341,7 +381,7 @@ def _sends(ranks: Ranks, stage: int) -> bool:
     return is_sender(ranks.groups) and ranks.groups.pipeline_rank == stage
 
 
-SCENARIOS = (gathers, versions, faults, not_finite, no_way_back, hanging, dying, under_load, two_engines)
+SCENARIOS = (gathers, versions, faults, not_finite, no_way_back, hanging, dying, under_load, two_engines, left_out)
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from megatron_sdpo.config import ConfigError
 from megatron_sdpo.rollout.control import EngineError
-from megatron_sdpo.rollout.fleet import Fleet, log_tail, read_address, read_engines
+from megatron_sdpo.rollout.fleet import Fleet, log_tail
+from megatron_sdpo.rollout.fleet_files import read_address, read_engines
 from tests.conftest import TOKEN, Engine, engine_config
 from tests.test_engine import assert_log_probs_match, generate
 

@@ -14,7 +14,7 @@ from megatron_sdpo.launch.roles import HOST
 from megatron_sdpo.launch.run_dir import RunDir, wait_for
 from megatron_sdpo.loop import make_batch
 from megatron_sdpo.rollout.client import EngineClient
-from megatron_sdpo.rollout.fleet import read_address
+from megatron_sdpo.rollout.fleet_files import read_address
 from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.rollout.prompts import PromptStream, check_lengths
 from megatron_sdpo.rollout.sampler import Sampler

@@ -11,7 +11,7 @@ from megatron_sdpo.discovery.record import TrialFiles, planned
 from megatron_sdpo.launch.role import play
 from megatron_sdpo.launch.run_dir import RunDir, wait_for
 from megatron_sdpo.rollout.client import EngineClient
-from megatron_sdpo.rollout.fleet import read_address
+from megatron_sdpo.rollout.fleet_files import read_address
 from megatron_sdpo.rollout.sampler import Sampler
 from megatron_sdpo.rollout.wire import serve
 from megatron_sdpo.sandbox import lent

@@ -97,7 +97,7 @@ def _watch(roles: Sequence[Role], fleet: Fleet, run_dir: RunDir, stopped: str) -
     """Until the trainer has finished; any other end is RoleDied, with the words of what ``stopped`` means."""
     trainer = next(role for role in roles if role.name == "trainer")
     while trainer.process.poll() != 0:
-        for ended in fleet.dead():
+        for ended in fleet.tend():
             raise RoleDied(words_of_end(ended.name, ended.exit_code, stopped, ended.log_tail))
         for role in roles:
             code = role.process.poll()

@@ -31,7 +31,7 @@ class Status:
     step: int = 0
     """Of the newest checkpoint."""
     retries: int = 0
-    """How often the job was started again because of a failure, since it was submitted."""
+    """How many attempts in a row have ended without a new checkpoint, since the job was submitted."""
 
 
 def write_status(run_dir: RunDir, status: Status) -> None:

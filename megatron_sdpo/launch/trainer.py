@@ -33,7 +33,7 @@ from megatron_sdpo.phases import Phases
 from megatron_sdpo.reshard.publish import Publisher
 from megatron_sdpo.reshard.transport import own_address
 from megatron_sdpo.rollout.control import EngineControl
-from megatron_sdpo.rollout.fleet import read_engines
+from megatron_sdpo.rollout.fleet_files import RunningFleet
 from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.rollout.wire import Argument, CoordinatorClient, Kind
 from megatron_sdpo.tracking import Tracker
@@ -244,7 +244,9 @@ def publisher_for(
     control: Callable[[EngineAddress, str, float], EngineControl] = EngineControl,
 ) -> Publisher:
     """Sends the learner's weights to the engines of the run."""
-    engines = [control(a, token, config.publish.timeout_s) for a in read_engines(run_dir.path)]
+    fleet = RunningFleet(run_dir.path, lambda address: control(address, token, config.publish.timeout_s))
+    found = wait_for(lambda: fleet.all_of(config.engine.count), "the engines", config.engine.start_timeout_s)
+    engines = [fleet.control(address) for address in found]
     return Publisher(
         config.publish,
         learner.hf_config,
@@ -253,6 +255,7 @@ def publisher_for(
         engines,
         own_address(engines[0].address.url),
         learner.log_probs,
+        fleet if config.engine.count > 1 else None,
     )
 
 

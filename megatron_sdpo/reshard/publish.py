@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from megatron_sdpo.reshard.gather import gather, is_sender
 from megatron_sdpo.reshard.plan import plan
 from megatron_sdpo.reshard.transport import StageTransport
 from megatron_sdpo.rollout.control import EngineControl, EngineError
+from megatron_sdpo.types import EngineAddress
 
 R = TypeVar("R")
 Tensors = list[tuple[str, Tensor]]
@@ -33,6 +34,20 @@ Tensors = list[tuple[str, Tensor]]
 
 class PublishError(RuntimeError):
     """A version did not reach the fleet; the message says why and what the fleet serves now."""
+
+
+class Fleet(Protocol):
+    """Engines that come and go (rollout.fleet.RunningFleet)."""
+
+    def engines(self) -> Sequence[EngineAddress]:
+        """Those that are there now, in order; asked of the first rank's."""
+        ...
+
+    def control(self, address: EngineAddress) -> EngineControl: ...
+
+    def confirm(self, stamp: str, engines: Sequence[EngineAddress]) -> None:
+        """These serve this version, and their probes have shown it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +67,8 @@ class Publisher:
 
     ``own`` gives the rank's parameters under canonical local names; ``probe_log_probs`` the trainer's log-probs of
     the probe (on every rank). Engines are controlled by the senders alone. A sender holds its stage's tensors on the
-    host once, for the way back, and while it publishes once more.
+    host once, for the way back, and while it publishes once more. With a ``fleet`` the engines may change from version
+    to version: those that it has are sent to, and one that is gone in the middle is left out while others are there.
     """
 
     def __init__(
@@ -64,11 +80,13 @@ class Publisher:
         engines: Sequence[EngineControl],
         host: str,
         probe_log_probs: Callable[[Sequence[int]], list[float]],
+        fleet: Fleet | None = None,
     ) -> None:
         self.config, self.hf_config, self.groups, self.own = config, hf_config, groups, own
         self.engines, self.host, self.probe_log_probs = list(engines), host, probe_log_probs
         element_bytes = next(iter(own.values())).element_size()
         self.buckets = plan(hf_config, groups.pipeline_size, element_bytes, config.bucket_bytes, groups.virtual_size)
+        self.fleet = fleet
         self.probe = probe_ids(hf_config["vocab_size"], config.probe_tokens)
         self.transport: StageTransport | None = None
         self.served: Version | None = None
@@ -81,6 +99,7 @@ class Publisher:
         engine ends after ``publish.timeout_s``.
         """
         started = time.perf_counter()
+        self._find_engines()
         buckets, lines, failure = self._gather_all()
         failure = self._first(failure)
         if failure is not None:
@@ -88,9 +107,13 @@ class Publisher:
         stamp = f"{version}-{digest(line for part in self._share(lines) for line in part)}"
         new = Version(version, stamp, buckets, self.probe_log_probs(self.probe))
         probe_gap, failure = self._deliver(new)
+        while failure is not None and self._leave_out_who_is_gone():
+            probe_gap, failure = self._deliver(new)
         if failure is not None:
             raise PublishError(f"version {version} was not published: {failure}; {self._roll_back()}")
         self.served = new
+        if self.fleet is not None and self.groups.rank == 0:
+            self.fleet.confirm(stamp, [engine.address for engine in self.engines])
         size = sum(tensor.nbytes for bucket in buckets for _, tensor in bucket)
         return {
             "sync/bytes": float(sum(self._share(size))),
@@ -103,6 +126,31 @@ class Publisher:
         if self.transport is not None:
             self.transport.leave()
             self.transport = None
+
+    def _find_engines(self) -> None:
+        """Those that the fleet has now, as the first rank sees it."""
+        if (fleet := self.fleet) is None:
+            return
+        found, failure = self._on_first_rank(lambda: list(fleet.engines()))
+        if failure is None and found:
+            self._send_to(found)
+
+    def _leave_out_who_is_gone(self) -> bool:
+        """Whether some engines are gone and others are not; all ranks then go on with those."""
+        if self.fleet is None:
+            return False
+        left, failure = self._on_first_rank(lambda: [e.address for e in self.engines if not e.is_gone()])
+        if failure is not None or not left or len(left) == len(self.engines):
+            return False
+        self._send_to(left)
+        return True
+
+    def _send_to(self, addresses: Sequence[EngineAddress]) -> None:
+        """A group of processes has the members that it has: other engines need another."""
+        if self.fleet is None or [engine.address for engine in self.engines] == list(addresses):
+            return
+        self.close()
+        self.engines = [self.fleet.control(address) for address in addresses]
 
     def _gather_all(self) -> tuple[list[Tensors], list[str], str | None]:
         """This sender's buckets on the host, described; non-finite weights are a failure before anything is sent.

@@ -6,6 +6,7 @@ Standard library only; one connection a call, so an object may be used by severa
 
 import http.client
 import json
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -50,6 +51,27 @@ class EngineControl:
             return int(self._call("GET", "/readiness", timeout_s=5.0)["healthy_workers"])
         except EngineError:
             return 0
+
+    def add_worker(self, url: str) -> None:
+        """Have a router send requests to one more engine, within seconds; only routers answer this."""
+        self._call("POST", "/workers", {"url": url, "api_key": self._token})
+
+    def remove_worker(self, url: str) -> None:
+        """Have a router forget an engine, if it knows it; only routers answer this."""
+        for worker in self._call("GET", "/workers")["workers"]:
+            if worker["url"] == url:
+                self._call("DELETE", f"/workers/{worker['id']}")
+
+    def is_gone(self) -> bool:
+        """Whether nobody listens at the address any more; one that is busy, or hangs, is not gone."""
+        url = urlsplit(self.address.url)
+        try:
+            socket.create_connection((url.hostname or "", url.port or 0), timeout=5.0).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def model_info(self) -> dict[str, Any]:
         """SGLang's description of the served model: model_path, weight_version, architectures ..."""
@@ -218,7 +240,7 @@ class EngineControl:
             connection.close()
         answer = parse_json(text)
         refused = isinstance(answer, dict) and answer.get("success") is False
-        if response.status != 200 or refused:
+        if response.status not in (200, 202) or refused:
             raise EngineError(self.address.name, endpoint, error_message(answer, response.status), response.status)
         return answer
 

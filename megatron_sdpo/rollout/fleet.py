@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import msgspec
 import psutil
 
 import megatron_sdpo
@@ -20,16 +20,18 @@ from megatron_sdpo.config import Config
 from megatron_sdpo.rollout import lifeline
 from megatron_sdpo.rollout.control import EngineControl, EngineError
 from megatron_sdpo.rollout.cpu_sampling import SEEDED
+from megatron_sdpo.rollout.fleet_files import ROUTER, read_address, read_confirmed, read_engines, write_address
 from megatron_sdpo.rollout.ports import http_url, take_ports
 from megatron_sdpo.types import EngineAddress
 
 POLL_S = 0.2
 GRACE_S = 5.0
 """How long processes have to end by themselves before they are killed."""
+MOST_RESTARTS = 3
+"""So often an engine is replaced; one that ends again and again is not to be helped."""
 TAIL_LINES = 15
 TAIL_WIDTH = 400
 """Characters shown of a line of a log: SGLang writes all its settings, pages of them, into one line."""
-ROUTER = "router"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,16 @@ class _Running:
     address: EngineAddress
     process: subprocess.Popen[bytes]
     log: Path
+
+
+@dataclass(slots=True)
+class _Joining:
+    """An engine in the place of one that has ended, which the router does not know yet."""
+
+    deadline: float
+    """Until when it must answer."""
+    is_announced: bool = False
+    """It answers, and has told the trainer where; it waits for weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +90,8 @@ class Fleet:
         self._addresses = run_dir / "addresses"
         self._token = token
         self._running: list[_Running] = []
+        self._joining: dict[str, _Joining] = {}
+        self._restarts: Counter[str] = Counter()
         self.engines: tuple[EngineAddress, ...] = ()
         self.router: EngineAddress | None = None
 
@@ -148,7 +162,7 @@ class Fleet:
 
     def _announce(self, *addresses: EngineAddress) -> None:
         for address in addresses:
-            _write_atomically(self._addresses / f"{address.name}.json", msgspec.json.encode(address))
+            write_address(self._run_dir, address)
 
     def stop(self, grace_s: float = GRACE_S) -> None:
         """End every process: asked first, killed with all its children after ``grace_s``. May be called twice."""
@@ -171,6 +185,55 @@ class Fleet:
         return tuple(
             Ended(running.address.name, code, log_tail(running.log)) for running, code in polled if code is not None
         )
+
+    def tend(self) -> tuple[Ended, ...]:
+        """Replace engines that have ended while others serve; the ends that cannot be made good. Returns at once.
+
+        Call it again and again. A new engine, at another port, is told to the trainer as soon as it answers; the router
+        learns of it when the trainer has confirmed that it serves a version.
+        """
+        lost = tuple(ended for ended in self.dead() if not self._replace(ended))
+        for running in self._running:
+            if running.address.name in self._joining:
+                self._help_to_join(running, self._joining[running.address.name])
+        return lost
+
+    def _replace(self, ended: Ended) -> bool:
+        """Whether another engine is on its way in the place of this one."""
+        old = next(running for running in self._running if running.address.name == ended.name)
+        others = [a for a in read_engines(self._run_dir) if a.name != ended.name and not self._control(a).is_gone()]
+        router = read_address(self._run_dir, ROUTER)
+        if ended.name == ROUTER or router is None or not others or self._restarts[ended.name] == MOST_RESTARTS:
+            return False
+        self._restarts[ended.name] += 1
+        print(f"{ended.name} has ended ({ended.exit_code}) and is replaced, others serve", file=sys.stderr, flush=True)
+        with suppress(ProcessLookupError):  # what it leaves behind, on its GPUs too
+            os.killpg(old.process.pid, signal.SIGKILL)
+        self._running.remove(old)
+        (self._addresses / f"{ended.name}.json").unlink(missing_ok=True)
+        with suppress(EngineError):  # of a router that has just ended, which the next look finds
+            self._control(router).remove_worker(old.address.url)
+        (port,) = take_ports(self._share.host, 0, 1)
+        address = EngineAddress(ended.name, http_url(self._share.host, port), old.address.tensor_parallel)
+        self._joining[ended.name] = _Joining(time.monotonic() + self._config.engine.start_timeout_s)
+        self._launch(address, "engine_main", self._engine_arguments(int(ended.name.removeprefix("engine-")), port))
+        return True
+
+    def _help_to_join(self, running: _Running, joining: _Joining) -> None:
+        address, router = running.address, read_address(self._run_dir, ROUTER)
+        if not joining.is_announced:
+            if self._control(address).health(timeout_s=2.0):
+                joining.is_announced = True
+                self._announce(address)
+            elif time.monotonic() > joining.deadline:
+                running.process.kill()  # seen as ended at the next look
+        elif router and (confirmed := read_confirmed(self._run_dir)) and address.url in confirmed.urls:
+            self._control(router).add_worker(address.url)
+            del self._joining[address.name]
+            print(f"{address.name} serves again, version {confirmed.stamp}", file=sys.stderr, flush=True)
+
+    def _control(self, address: EngineAddress) -> EngineControl:
+        return EngineControl(address, self._token, timeout_s=10.0)
 
     def process_ids(self) -> dict[str, int]:
         """Process id by name; each leads a session of its own, which holds all the processes it started."""
@@ -278,29 +341,6 @@ def check_ports(config: Config) -> None:
     """Refuse ports that cannot be taken (``ConfigError``), before anything is started."""
     engine = config.engine
     take_ports(engine.host, engine.port, engine.count + (engine.count > 1))
-
-
-def read_address(run_dir: Path, name: str) -> EngineAddress | None:
-    """What a fleet wrote for ``name`` (``engine-0``, ``router``), or None when it is not there (yet)."""
-    try:
-        data = (run_dir / "addresses" / f"{name}.json").read_bytes()
-    except FileNotFoundError:
-        return None
-    return msgspec.json.decode(data, type=EngineAddress)
-
-
-def read_engines(run_dir: Path) -> tuple[EngineAddress, ...]:
-    """The engines (not the router) of the running fleet, in order; empty when there is none (yet)."""
-    names = [path.stem for path in (run_dir / "addresses").glob("engine-*.json")]
-    names.sort(key=lambda name: int(name.removeprefix("engine-")))
-    found = [read_address(run_dir, name) for name in names]
-    return tuple(address for address in found if address is not None)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def _wait(timeout_s: float, condition: Callable[[], bool]) -> bool:

@@ -8,6 +8,7 @@ import ctypes
 import os
 import signal
 import sys
+from multiprocessing import resource_tracker
 
 PARENT = "MEGATRON_SDPO_PARENT"
 """Environment variable: the process id of the parent to which the new process is tied."""
@@ -30,6 +31,8 @@ def tie_to_parent() -> None:
     """
     if os.environ.get(KEEP_BLOCKED) is None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    else:  # starting its helper process, multiprocessing lets these signals through again, whoever had blocked them
+        resource_tracker._IGNORED_SIGNALS = ()  # pyright: ignore[reportAttributeAccessIssue]
     parent = os.environ.get(PARENT)
     if parent is not None:
         end_with(int(parent))

@@ -6,6 +6,7 @@ writes how the attempt ended into ``RUN_DIR/status.json``, by which slurm/job.sh
 
 import json
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +17,11 @@ from megatron_sdpo.config import Config, ConfigError
 from megatron_sdpo.launch.cluster.attempt import Attempt
 from megatron_sdpo.launch.cluster.facts import Facts, facts_of
 from megatron_sdpo.launch.cluster.health import Measured, Unfit, judge_facts, judge_measured
-from megatron_sdpo.launch.cluster.node import role_commands, run_order
+from megatron_sdpo.launch.cluster.node import role_commands, role_environment, run_order
 from megatron_sdpo.launch.cluster.site import Job, Site, read_job, read_site
 from megatron_sdpo.launch.cluster.split import Plan, split
 from megatron_sdpo.launch.preflight import check_run
-from megatron_sdpo.launch.roles import HOST, POLL_S
+from megatron_sdpo.launch.roles import POLL_S
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.launch.status import (
     State,
@@ -77,15 +78,14 @@ class Conductor:
             self._retries = before.retries
         try:
             if before is not None and before.state == "running" and self._job.is_restart:
-                self._retries += 1
-                self._check_retries(f"{before.attempt} ended without a word: its first node may have been lost")
+                self._count_attempt(before.step, f"{before.attempt} ended without a word; was its first node lost?")
             status = self._attempted(arguments, before)
         except ConfigError as error:
             status = self._status("failed", str(error))
         except Failed as failure:
             status = self._after(failure)
         except StoppedEarly as stopped:
-            status = self._status("interrupted", str(stopped))
+            status = self._to_be_continued(str(stopped))
         write_status(self._run_dir, status)
         self._attempt.write("end", status.state)
         return status
@@ -115,7 +115,7 @@ class Conductor:
             self._watch(plan)
             write_timeline(self._run_dir.path)
         if has_stopped(self._run_dir):
-            return self._status("interrupted", stop_requested(self._run_dir) or "asked to stop")
+            return self._to_be_continued(stop_requested(self._run_dir) or "asked to stop")
         self._report()
         return self._status("finished", "")
 
@@ -234,16 +234,20 @@ class Conductor:
                 file.writelines(f"{name}\n" for name in names)
         if not failure.is_worth_a_retry:
             return self._status("failed", str(failure))
-        self._retries += 1
+        return self._to_be_continued(str(failure))
+
+    def _to_be_continued(self, sentence: str) -> Status:
         try:
-            self._check_retries(str(failure))
+            self._count_attempt(self._began_at, sentence)
         except Failed as last:
             return self._status("failed", str(last))
-        return self._status("interrupted", str(failure))
+        return self._status("interrupted", sentence)
 
-    def _check_retries(self, sentence: str) -> None:
+    def _count_attempt(self, began_at: int, sentence: str) -> None:
+        """An attempt that began at step ``began_at`` has ended; Failed after too many that got nowhere."""
+        self._retries = 0 if newest_checkpoint(self._run_dir) > began_at else self._retries + 1
         if self._retries > self._site.retries:
-            raise Failed(f"{sentence}; started again {self._site.retries} times already (SDPO_RETRIES)", False)
+            raise Failed(f"{sentence}; {self._retries} attempts in a row got nowhere (SDPO_RETRIES)", False)
 
     def _rendezvous(self) -> str:
         address = self._facts[self._job.node].address
@@ -276,11 +280,14 @@ def rendered(plan: Plan, facts: Mapping[str, Facts], run_dir: RunDir) -> dict[st
         {
             "node": node.name,
             "address": facts[node.name].address,
-            "trainer_ranks": list(node.ranks),
+            "trainer_ranks": f"{node.ranks.start}-{node.ranks.stop - 1}" if node.ranks else "none",
             "engines": [f"engine-{i}" for i in node.engines],
             "has_coordinator_and_router": node.is_coordinator,
-            "commands": role_commands(node, trainers, rendezvous, run_dir),
-            "environment": {**facts[node.name].environment, HOST: facts[node.name].address},
+            "commands": {
+                name: shlex.join(command)
+                for name, command in role_commands(node, trainers, rendezvous, run_dir).items()
+            },
+            "environment": role_environment(node, facts[node.name]),
         }
         for node in plan.nodes
     ]

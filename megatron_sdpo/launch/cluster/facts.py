@@ -17,7 +17,6 @@ from megatron_sdpo.launch.cluster.site import Site
 
 PACKAGES = ("torch", "megatron-core", "sglang", "sglang-router", "transformers", "transformer-engine", "numpy")
 """Whose versions must be the same on all nodes."""
-SYSFS = Path("/sys/class/infiniband")
 _QUERY = (
     "index,name,driver_version,compute_cap,ecc.errors.uncorrected.volatile.total,clocks.max.sm,"
     "clocks_throttle_reasons.hw_slowdown"
@@ -70,7 +69,7 @@ def find_facts(node: str, site: Site, canary: str | None) -> Facts:
         if site.gpus_per_node:
             gpus, driver = query_gpus(site.nvidia_smi)
             versions["driver"] = driver
-            settings = gpu_settings(gpus, has_nvlink(site.nvidia_smi))
+            settings = gpu_settings(gpus, has_nvlink(site.nvidia_smi), Path(site.infiniband))
     except (ConfigError, OSError, subprocess.SubprocessError, ValueError) as error:
         return Facts(node, canary, "", "", {}, problem=str(error))
     named = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
@@ -132,7 +131,7 @@ def has_nvlink(nvidia_smi: str) -> bool:
     return len(rows) > 1 and all(re.fullmatch(r"NV\d+", cell) for cell in links)
 
 
-def gpu_settings(gpus: tuple[GpuFacts, ...], nvlink: bool, sysfs: Path = SYSFS) -> dict[str, str]:
+def gpu_settings(gpus: tuple[GpuFacts, ...], nvlink: bool, sysfs: Path) -> dict[str, str]:
     """NCCL's settings of a node with GPUs. Not yet run on a GPU."""
     # NVLS is NVSwitch's own arithmetic, which came with Hopper.
     nvls = nvlink and all(float(gpu.compute) >= 9.0 for gpu in gpus)
@@ -141,12 +140,11 @@ def gpu_settings(gpus: tuple[GpuFacts, ...], nvlink: bool, sysfs: Path = SYSFS) 
     return {
         "NCCL_NVLS_ENABLE": str(int(nvls)),
         "NCCL_CUMEM_ENABLE": "0",  # SGLang switches it off, and both are in the group that carries weights
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron counts on kernels to start in order
         **fabric,
     }
 
 
-def ib_adapters(sysfs: Path = SYSFS) -> list[str]:
+def ib_adapters(sysfs: Path) -> list[str]:
     """``["mlx5_0:1", ...]``: active ports of InfiniBand, or where there are none, of RoCE."""
     found: dict[str, list[str]] = {"InfiniBand": [], "Ethernet": []}
     for port in sorted(sysfs.glob("*/ports/*")):

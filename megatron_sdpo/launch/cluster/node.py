@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -17,14 +18,13 @@ from dataclasses import asdict
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import Config, ConfigError
 from megatron_sdpo.launch.cluster.attempt import Attempt
-from megatron_sdpo.launch.cluster.facts import find_facts
+from megatron_sdpo.launch.cluster.facts import Facts, find_facts
 from megatron_sdpo.launch.cluster.site import Job, Site, read_job, read_site
 from megatron_sdpo.launch.cluster.split import NodePlan
 from megatron_sdpo.launch.roles import HOST, POLL_S, Role, environment, start_role, stop_roles, words_of_end
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.launch.status import request_stop
 from megatron_sdpo.rollout import lifeline
-from megatron_sdpo.rollout.control import EngineError
 from megatron_sdpo.rollout.fleet import Fleet, Share, log_tail
 
 TICK_S = 1.0
@@ -45,7 +45,7 @@ class Node:
         self._fleet: Fleet | None = None
         self._measuring: subprocess.Popen[bytes] | None = None
         self._told: set[str] = set()
-        self._facts = None
+        self._facts: Facts | None = None
         self._conductor: subprocess.Popen[bytes] | None = None
         if job.is_first:
             os.environ[lifeline.PARENT] = str(os.getpid())
@@ -61,8 +61,9 @@ class Node:
                 try:
                     self._obey()
                     self._look_after_roles()
-                except (EngineError, ConfigError, OSError) as error:
-                    self._fail("node", str(error))
+                except Exception as error:  # whatever it is, the conductor must hear of it
+                    traceback.print_exc()
+                    self._fail("node", f"{str(error) or repr(error)}; {self._where()}")
                 time.sleep(POLL_S)
         finally:
             stop_roles(self._roles, grace_s=0.0)  # they do not hear SIGTERM
@@ -127,7 +128,7 @@ class Node:
         own, trainers = plan_of(order, self._job.node)
         commands = role_commands(own, trainers, str(order["rendezvous"]), self._run_dir)
         os.environ[lifeline.PARENT] = str(os.getpid())
-        variables = {**environment(config), HOST: self._facts.address}
+        variables = environment(config) | role_environment(own, self._facts)
         for name, command in commands.items():
             role = start_role(name, command, self._run_dir, variables, speaks=0 in own.ranks)
             self._roles.append(role)
@@ -141,7 +142,7 @@ class Node:
         self._fleet.start()
 
     def _look_after_roles(self) -> None:
-        for ended in self._fleet.dead() if self._fleet else ():
+        for ended in self._fleet.tend() if self._fleet else ():
             self._fail(ended.name, words_of_end(ended.name, ended.exit_code, self._where(), ended.log_tail))
         for role in self._roles:
             code, kind = role.process.poll(), role.name.partition("-")[0]
@@ -200,6 +201,13 @@ def role_commands(own: NodePlan, trainers: Sequence[str], rendezvous: str, run_d
         name = "trainer" if len(trainers) == 1 else f"trainer-{own.name}"
         commands[name] = [*where, "megatron_sdpo.launch.trainer", str(run_dir.path)]
     return commands
+
+
+def role_environment(own: NodePlan, facts: Facts) -> dict[str, str]:
+    """What a node's roles get because of where they run."""
+    # Megatron counts on kernels to start in the order in which they are launched.
+    in_order = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if own.has_trainers and facts.gpus else {}
+    return {**facts.environment, HOST: facts.address, **in_order}
 
 
 def torchrun(nodes: Sequence[str], node: str, ranks: int, rendezvous: str) -> list[str]:

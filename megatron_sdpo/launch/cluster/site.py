@@ -22,12 +22,14 @@ class Site:
     fabric: str = ""
     """Interface whose address the other nodes use; empty: the address that the node's own name has."""
     nvidia_smi: str = "nvidia-smi"
+    infiniband: str = "/sys/class/infiniband"
+    """Where the kernel shows the adapters."""
     start_timeout_s: float = 300.0
     """How long nodes may need to show themselves."""
     node_timeout_s: float = 60.0
     """A node that has shown no life for so long is lost."""
     retries: int = 3
-    """How often a job is started again after a failure; time limits and preemptions do not count."""
+    """How many attempts in a row may end without a new checkpoint before the job is not started again."""
     measure: bool = True
     """Measure all-reduces before the roles start."""
     min_node_gb_s: float = 0.0

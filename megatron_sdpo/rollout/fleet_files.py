@@ -1,0 +1,84 @@
+"""What a fleet and its users tell each other through ``RUN_DIR/addresses/``: who is where, and who serves what.
+
+``engine-0.json ...`` and ``router.json`` are written by the fleets of the machines, ``confirmed.json`` by the trainer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from megatron_sdpo.rollout.control import EngineControl
+from megatron_sdpo.types import EngineAddress
+
+ROUTER = "router"
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """The engines that serve the newest version. Example: ``Confirmed("7-705bea216cbd0425", ("http://10.0.0.7:20011",))``"""
+
+    stamp: str
+    urls: tuple[str, ...]
+
+
+class RunningFleet:
+    """The engines of a run as the trainer sees them (reshard.publish.Fleet)."""
+
+    def __init__(self, run_dir: Path, connect: Callable[[EngineAddress], EngineControl]) -> None:
+        self._run_dir, self._connect = run_dir, connect
+
+    def control(self, address: EngineAddress) -> EngineControl:
+        return self._connect(address)
+
+    def engines(self) -> tuple[EngineAddress, ...]:
+        return read_engines(self._run_dir)
+
+    def all_of(self, count: int) -> tuple[EngineAddress, ...] | None:
+        """All engines of a run of so many, or None while some are missing."""
+        found = self.engines()
+        return found if len(found) == count else None
+
+    def confirm(self, stamp: str, engines: Sequence[EngineAddress]) -> None:
+        confirmed = Confirmed(stamp, tuple(address.url for address in engines))
+        _write_atomically(_confirmed(self._run_dir), msgspec.json.encode(confirmed))
+
+
+def write_address(run_dir: Path, address: EngineAddress) -> None:
+    _write_atomically(run_dir / "addresses" / f"{address.name}.json", msgspec.json.encode(address))
+
+
+def read_address(run_dir: Path, name: str) -> EngineAddress | None:
+    """What a fleet wrote for ``name`` (``engine-0``, ``router``), or None when it is not there (yet)."""
+    try:
+        data = (run_dir / "addresses" / f"{name}.json").read_bytes()
+    except FileNotFoundError:
+        return None
+    return msgspec.json.decode(data, type=EngineAddress)
+
+
+def read_engines(run_dir: Path) -> tuple[EngineAddress, ...]:
+    """The engines (not the router) of the running fleet, in order; empty when there is none (yet)."""
+    names = [path.stem for path in (run_dir / "addresses").glob("engine-*.json")]
+    names.sort(key=lambda name: int(name.removeprefix("engine-")))
+    found = [read_address(run_dir, name) for name in names]
+    return tuple(address for address in found if address is not None)
+
+
+def read_confirmed(run_dir: Path) -> Confirmed | None:
+    """None before anything was published."""
+    try:
+        return msgspec.json.decode(_confirmed(run_dir).read_bytes(), type=Confirmed)
+    except FileNotFoundError:
+        return None
+
+
+def _confirmed(run_dir: Path) -> Path:
+    return run_dir / "addresses" / "confirmed.json"
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
