@@ -21,6 +21,8 @@ def why_not() -> str | None:
     """Why this machine cannot have it."""
     if os.geteuid() != 0:
         return "a Slurm with several nodes on one machine needs root"
+    if subprocess.run(["unshare", "--net", "--mount", "--uts", "true"], capture_output=True).returncode:
+        return "this machine does not let root make namespaces, which are the nodes"
     missing = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
     return f"{', '.join(missing)} not installed; tools/slurm_sandbox.sh install" if missing else None
 
