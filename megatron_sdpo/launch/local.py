@@ -7,14 +7,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
-from megatron_sdpo.config import Config
+from megatron_sdpo.config import Config, ConfigError
 from megatron_sdpo.launch.roles import POLL_S, Role, RoleDied, environment, start_role, stop_roles, words_of_end
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.launch.status import forget_stop, has_stopped, stop_requested
 from megatron_sdpo.rollout import lifeline
-from megatron_sdpo.rollout.fleet import Fleet, log_tail
+from megatron_sdpo.rollout.fleet import Fleet, Share, log_tail
 from megatron_sdpo.timeline import write_timeline
 
 
@@ -51,12 +52,13 @@ def run_locally(config: Config, run_dir: RunDir, program: Program = TRAINING) ->
 
     The roles end with this process even when it is killed outright.
     """
+    share = Share(range(config.engine.count), config.engine.host, first_gpu=first_gpu_of_engines(config, gpus_here()))
     with run_dir.locked(), signals_raise():
         run_dir.prepare(config)
         forget_stop(run_dir)
         lifeline_was = os.environ.get(lifeline.PARENT)
         roles: list[Role] = []
-        fleet = Fleet(config, run_dir.path, run_dir.token())
+        fleet = Fleet(config, run_dir.path, run_dir.token(), share)
         try:
             os.environ[lifeline.PARENT] = str(os.getpid())
             own = _local_environment(config)
@@ -73,6 +75,30 @@ def run_locally(config: Config, run_dir: RunDir, program: Program = TRAINING) ->
             fleet.stop()
             _restore(lifeline_was)
             write_timeline(run_dir.path)
+
+
+def gpus_here() -> int:
+    """GPUs of this machine that its programs may see, without asking torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() and name.strip() != "-1"])
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
+
+
+def first_gpu_of_engines(config: Config, gpus: int) -> int:
+    """The engines' GPUs follow those of the trainer's ranks. Where there are fewer, and ``publish.backend`` is gloo,
+    they are the trainer's own; else ConfigError. 0 on a machine without GPUs."""
+    ranks, engines = config.layout.world_size, config.engine.count * config.engine.tensor_parallel
+    if config.debug.from_journal is not None or config.debug.rollout_only or not gpus:
+        return 0
+    if gpus >= ranks + engines:
+        return ranks
+    if config.publish.backend == "gloo" and gpus >= max(ranks, engines):
+        return 0
+    raise ConfigError(
+        f"{ranks} trainer rank(s) and {engines} GPU(s) of engines are more than the {gpus} GPU(s) here; lower"
+        " layout.world_size or engine.count, or, for both on the same GPUs, set publish.backend=gloo"
+    )
 
 
 def _commands(program: Program, run_dir: RunDir, config: Config) -> dict[str, list[str]]:

@@ -72,6 +72,8 @@ class Share:
     """Address that they bind to, by which the other roles reach them."""
     has_router: bool = True
     """Whoever has the router waits for the engines of the other machines."""
+    first_gpu: int = 0
+    """Of this machine's, the first that engines take; those before it are the trainer's."""
 
 
 class Fleet:
@@ -252,7 +254,7 @@ class Fleet:
             "dtype": config.model.dtype,
             "context-length": config.model.max_length,
             "tp-size": engine.tensor_parallel,
-            "base-gpu-id": (i - self._share.engines.start) * engine.tensor_parallel,
+            "base-gpu-id": self._share.first_gpu + (i - self._share.engines.start) * engine.tensor_parallel,
             "max-running-requests": engine.max_running_requests,
             "max-total-tokens": engine.max_total_tokens,
             "random-seed": config.seed + i,  # the same seed would make engines repeat each other's samples
