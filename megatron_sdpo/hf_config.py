@@ -263,15 +263,17 @@ def _check_fp8(config: Config, model: dict[str, Any]) -> None:
     heads, tp = model["num_attention_heads"], layout.tensor_parallel
     groups, d = model.get("num_key_value_heads") or heads, model.get("head_dim") or model["hidden_size"] // heads
     inner = model.get("moe_intermediate_size", model["intermediate_size"])
-    shares = {
-        "hidden units": model["hidden_size"],
-        "rows of queries": heads * d // tp,
-        "rows of keys": groups * d // tp,
-        "MLP units": inner // layout.expert_tensor if "num_experts" in model else inner // tp,
+    expert_ranks = layout.expert_tensor if "num_experts" in model else tp
+    sizes = {  # whole, and how many ranks divide it
+        "hidden units": (model["hidden_size"], 1),
+        "rows of queries": (heads * d, tp),
+        "rows of keys": (groups * d, tp),
+        "MLP units": (inner, expert_ranks),
     }
-    for what, size in shares.items():
-        if size % unit:
+    for what, (size, ranks) in sizes.items():
+        if size // ranks % unit:
+            smaller = "a smaller layout.tensor_parallel, " if size % unit == 0 else ""
             raise ConfigError(
-                f"fp8 {fp8.kinds[0]} works on blocks of {unit}, but a rank holds {size} {what}; set a smaller"
-                " layout.tensor_parallel, fp8.student=off and fp8.teacher=off, or, for tests, emulated"
+                f"fp8 {fp8.kinds[0]} works on blocks of {unit}, but a rank holds {size // ranks} {what}; set {smaller}"
+                "fp8.student=off and fp8.teacher=off, or, for tests, emulated"
             )

@@ -108,6 +108,8 @@ def test_it_is_measured_once_a_start(model: Path, groups: ParallelGroups) -> Non
     learner = learner_of(model, groups, BOTH[1])
     assert "precision/floor" in learner.train(*_scored(learner))
     assert "precision/floor" not in learner.train(*_scored(learner))
+    learner.reset()
+    assert "precision/floor" in learner.train(*_scored(learner)), "what follows a reset is what a new learner would do"
 
 
 def _scored(learner: Learner) -> tuple[Batch, Any, Any]:

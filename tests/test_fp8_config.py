@@ -68,11 +68,12 @@ def test_blocks_must_fit_every_rank() -> None:
     assert model_refusal(both, LayoutConfig(tensor_parallel=8, world_size=8)) is None
     words = model_refusal(both, LayoutConfig(), intermediate_size=12_224)
     assert words is not None and "blocks of 128, but a rank holds 12224 MLP units" in words
+    assert "tensor_parallel" not in words, "no number of ranks makes blocks of it"
     # 2 key-value heads of 64 on 2 ranks: half a block each
     narrow = {"num_key_value_heads": 2, "head_dim": 64, "num_attention_heads": 32}
     assert model_refusal(both, LayoutConfig(), **narrow) is None
     words = model_refusal(both, LayoutConfig(tensor_parallel=2, world_size=2), **narrow)
-    assert words is not None and "64 rows of keys" in words
+    assert words is not None and "64 rows of keys; set a smaller layout.tensor_parallel" in words
 
 
 def test_layers_kept_out_leave_some() -> None:

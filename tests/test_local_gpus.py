@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_sdpo.config import ConfigError, apply_overrides
-from megatron_sdpo.launch.local import first_gpu_of_engines, gpus_here
+from megatron_sdpo.launch.local import first_gpu_of_engines, gpus_here, gpus_of_torch
 from megatron_sdpo.rollout.fleet import Fleet, Share
 from recipes import recipe
 
@@ -47,3 +48,9 @@ def test_what_the_environment_hides_does_not_count(monkeypatch: pytest.MonkeyPat
     for visible, count in (("", 0), ("-1", 0), ("3", 1), ("0,1,5", 3)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert gpus_here() == count
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU that torch uses: here the case is one that it does not")
+def test_gpus_that_torch_cannot_use_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert gpus_here() == 2 and gpus_of_torch() == 0

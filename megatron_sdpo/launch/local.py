@@ -15,6 +15,7 @@ from megatron_sdpo.launch.roles import POLL_S, Role, RoleDied, environment, star
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.launch.status import forget_stop, has_stopped, stop_requested
 from megatron_sdpo.rollout import lifeline
+from megatron_sdpo.rollout.cpu_platform import has_cuda
 from megatron_sdpo.rollout.fleet import Fleet, Share, log_tail
 from megatron_sdpo.timeline import write_timeline
 
@@ -52,7 +53,9 @@ def run_locally(config: Config, run_dir: RunDir, program: Program = TRAINING) ->
 
     The roles end with this process even when it is killed outright.
     """
-    share = Share(range(config.engine.count), config.engine.host, first_gpu=first_gpu_of_engines(config, gpus_here()))
+    share = Share(
+        range(config.engine.count), config.engine.host, first_gpu=first_gpu_of_engines(config, gpus_of_torch())
+    )
     with run_dir.locked(), signals_raise():
         run_dir.prepare(config)
         forget_stop(run_dir)
@@ -83,6 +86,15 @@ def gpus_here() -> int:
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip() and name.strip() != "-1"])
     return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
+
+
+def gpus_of_torch() -> int:
+    """The same, 0 where torch cannot use them: a CPU build beside GPUs runs as on a machine without them.
+
+    Torch, whose import takes seconds, is asked only where there are some.
+    """
+    count = gpus_here()
+    return count if count and has_cuda() else 0
 
 
 def first_gpu_of_engines(config: Config, gpus: int) -> int:

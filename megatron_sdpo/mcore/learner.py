@@ -76,6 +76,7 @@ class Learner:
         optim.reset(self.optimizer, self.config.optim)
         self.teacher.reset(self.weights.masters())
         self.step, self.history, self.norms, self._damping = 0, guard.History(), spikes.History(), 1.0
+        self._floor = None
 
     def score_student(self, batch: Batch) -> StudentScores:
         """Forward only: log-probs of the sampled tokens before this batch's first step, and the top-K support.
