@@ -4,6 +4,7 @@ import math
 from operator import attrgetter
 
 from megatron_sdpo.config.sandbox import SandboxConfig
+from megatron_sdpo.config.sharing import check_sharing
 from megatron_sdpo.config.training import LayoutConfig
 from megatron_sdpo.config.tree import Config, ConfigError, DebugConfig, ObjectiveConfig, TeacherContextConfig
 
@@ -82,6 +83,7 @@ def check(config: Config) -> None:
     _check_layout(layout)
     _check_recompute(layout)
     _check_fp8(config)
+    check_sharing(config)
     if engine.port + engine.count > 65535:
         raise ConfigError(f"engine.port is {engine.port}; it and the {engine.count} after it must be below 65536")
     if config.deterministic and config.rollout.max_staleness:

@@ -60,6 +60,9 @@ class EngineConfig:
     """Size of the KV cache in tokens; None lets SGLang choose from free memory (GPU only)."""
     start_timeout_s: float = 600.0
     request_timeout_s: float = 600.0
+    release_memory: bool = False
+    """While a batch is trained on, engines on the trainer's own GPUs give back what weights and KV cache hold; needs
+    rollout.max_staleness=0. A CPU engine keeps it."""
     extra_args: tuple[str, ...] = ()
     """Passed to SGLang as they are."""
 
@@ -217,9 +220,10 @@ class ObjectiveConfig:
 class PublishConfig:
     """How trained weights reach the engines."""
 
-    backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """What carries them. auto: NCCL from GPU to GPU, gloo between CPUs. gloo on GPUs goes through host memory, for an
-    engine on the trainer's own GPU, to which NCCL does not talk."""
+    backend: Literal["auto", "nccl", "gloo", "ipc"] = "auto"
+    """What carries them. auto: NCCL from GPU to GPU, gloo between CPUs. Engines on the trainer's own GPUs, to which
+    NCCL does not talk, read them from where they lie (ipc), or get them through host memory (gloo). ipc needs them on
+    this machine."""
     bucket_bytes: int = 512 * 1024 * 1024
     """Tensors are sent in buckets of about this size."""
     probe_tokens: int = 32

@@ -93,6 +93,9 @@ class NoEngines:
     def publish(self, version: int) -> dict[str, float]:
         return {}
 
+    def release(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -256,6 +259,7 @@ def publisher_for(
         own_address(engines[0].address.url),
         learner.log_probs,
         fleet if config.engine.count > 1 else None,
+        config.engine.release_memory,
     )
 
 

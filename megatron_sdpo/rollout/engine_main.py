@@ -33,7 +33,10 @@ def main(arguments: Sequence[str]) -> None:
     from sglang.srt.utils import kill_process_tree
 
     without_cuda = not cpu_platform.has_cuda()
-    given = [*cpu_platform.SERVER_ARGS, *arguments, "--base-gpu-id=0"] if without_cuda else list(arguments)
+    given = list(arguments)
+    if without_cuda:
+        able = [argument for argument in arguments if argument != cpu_platform.MEMORY_SAVER]
+        given = [*cpu_platform.SERVER_ARGS, *able, "--base-gpu-id=0"]
     if without_cuda and cpu_sampling.SEEDED in arguments:
         cpu_sampling.switch_on()
         given += cpu_sampling.SERVER_ARGS

@@ -19,6 +19,7 @@ import megatron_sdpo
 from megatron_sdpo.config import Config
 from megatron_sdpo.rollout import lifeline
 from megatron_sdpo.rollout.control import EngineControl, EngineError
+from megatron_sdpo.rollout.cpu_platform import MEMORY_SAVER
 from megatron_sdpo.rollout.cpu_sampling import SEEDED
 from megatron_sdpo.rollout.fleet_files import ROUTER, read_address, read_confirmed, read_engines, write_address
 from megatron_sdpo.rollout.ports import http_url, take_ports
@@ -264,6 +265,8 @@ class Fleet:
         given = [f"--{name}={value}" for name, value in arguments.items() if value is not None]
         if config.deterministic:
             given.append(SEEDED)
+        if engine.release_memory:
+            given.append(MEMORY_SAVER)
         return [*given, "--skip-tokenizer-init", *engine.extra_args]
 
     def _router_arguments(self, port: int, engines: Sequence[EngineAddress]) -> list[str]:
