@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,3 +46,34 @@ def test_a_broken_bound_a_crash_and_a_late_section_are_told(tmp_path: Path) -> N
     assert "BAD x" in table("bound", bound)
     assert "exit code -6" in table("crash", crash)
     assert "not finished after 0.5 s" in table("late", late)
+
+
+def test_time_of_kernels_is_put_together_by_operator_and_by_kind() -> None:
+    from gpu_sections.kernels import by_kind, longest, summed
+
+    def on_gpu(name: str, microseconds: float, annotation: bool = False) -> SimpleNamespace:
+        time_range, device = SimpleNamespace(elapsed_us=lambda: microseconds), SimpleNamespace(name="CUDA")
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=annotation, time_range=time_range)
+
+    def operator(name: str, *kernels: tuple[str, float]) -> SimpleNamespace:
+        launched = [SimpleNamespace(name=kernel, duration=microseconds) for kernel, microseconds in kernels]
+        return SimpleNamespace(name=name, device_type=SimpleNamespace(name="CPU"), kernels=launched)
+
+    events = [
+        *(on_gpu("void nvjet_tst<8>", t) for t in (60.0, 20.0)),
+        on_gpu("void at::elementwise<int>", 15.0),
+        on_gpu("quantize_kernel", 5.0),
+        on_gpu("a range of the profiler's user", 1000.0, annotation=True),
+        operator("aten::mm", ("void nvjet_tst<8>", 60.0)),
+        operator("aten::copy_", ("void at::elementwise<int>", 15.0)),
+    ]
+    found = summed(events)
+    assert [(one.operator, one.count, one.microseconds) for one in found] == [
+        ("aten::mm", 1, 60.0),
+        ("", 1, 20.0),
+        ("aten::copy_", 1, 15.0),
+        ("", 1, 5.0),
+    ]
+    assert by_kind(found) == {"products": 80.0, "copies": 15.0, "quantising, transposing": 5.0}
+    name, shown = longest(found)[0]
+    assert name == "nvjet_tst<8>" and "60.0%" in shown and "by aten::mm" in shown

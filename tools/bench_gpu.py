@@ -12,7 +12,10 @@ from pathlib import Path
 
 from gpu_check import check, within
 
-SECTIONS = {name: f"gpu_sections.speed:{name}" for name in ("ceilings", "quantisation", "ema", "head", "stack")}
+SECTIONS = {
+    **{name: f"gpu_sections.speed:{name}" for name in ("ceilings", "quantisation", "ema", "head", "stack")},
+    "profile": "gpu_sections.kernels:layers_by_kernel",
+}
 
 
 def main() -> None:
