@@ -17,6 +17,7 @@ SECTIONS = {
     **{name: f"gpu_sections.last_layer:{name}" for name in ("head", "support")},
     "stack": "gpu_sections.speed:stack",
     "profile": "gpu_sections.kernels:layers_by_kernel",
+    "publish": "gpu_sections.publishing:publish",
 }
 
 
