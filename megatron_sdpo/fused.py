@@ -7,7 +7,8 @@ head's three matrix products and nothing twice; its backward pass only hands out
 makes the logits again, a fourth product.
 
 Alive at one time: the logits of one chunk, over which their gradient is written where the loss allows it, wide copies
-of some rows (``vocabulary.BLOCK``), the gradient of the head in fp32 and that of the hidden states.
+of some rows (``vocabulary.BLOCK``), the gradient of the hidden states, and that of the head in fp32 unless it is added
+to one that the caller has anyhow (``Head.main_grad_VH``).
 
 Axes as in divergence.py; ``H`` hidden size, ``C`` the tokens of a chunk. The head's rows are this rank's share of
 the vocabulary, the hidden states are whole on every rank of the group, and their gradient is summed over it.
@@ -50,6 +51,9 @@ class Head:
     """Tokens whose logits are alive at one time, at least 1."""
     vocabulary: int | None = None
     """Entries that exist, over all ranks; rows beyond them only make the ranks' shares equal. None: all exist."""
+    main_grad_VH: Tensor | None = None
+    """Where ``fused_loss`` adds the weight's gradient in its forward pass, fp32 at least: autograd then has none for
+    it. None: autograd hands it out."""
 
     def logits(self, hidden_CH: Tensor) -> Tensor:
         """``[C, V]``, multiplied in the weight's dtype, divided by the temperature; -inf where no entry exists."""
@@ -85,6 +89,9 @@ def fused_loss(
     pass may overwrite them. Autograd is on where it is called, and its collectives are done when the forward pass
     returns. T = 0 is one empty chunk, a zero with zero gradients. The backward pass may run once (``RuntimeError``
     after that): it scales the gradients that it hands out in place.
+
+    With ``head.main_grad_VH`` the weight's gradient is there when the forward pass returns, as of a loss that is
+    minimised as it stands: a backward pass with another upstream gradient than one is a ``RuntimeError``.
     """
     loss, rests, gradients = _differentiated(hidden_TH.detach(), head, loss_of)
     return _Known.apply(hidden_TH, head.weight_VH, loss, gradients, head), rests
@@ -126,20 +133,25 @@ def fused_divergence(
 @torch.no_grad()
 def _differentiated(
     hidden_TH: Tensor, head: Head, loss_of: Callable[[Tensor, slice], tuple[Tensor, R]]
-) -> tuple[Tensor, list[R], tuple[Tensor, Tensor]]:
-    """Loss, rests, and the loss's gradients [T, H] and [V, H] (fp32 at least), not yet divided by the temperature."""
-    weight_VH = head.weight_VH.detach()
-    grad_TH = torch.empty_like(hidden_TH)
-    grad_VH = torch.zeros_like(weight_VH, dtype=torch.promote_types(weight_VH.dtype, torch.float32))
+) -> tuple[Tensor, list[R], tuple[Tensor, Tensor | None]]:
+    """Loss, rests, and the loss's gradients [T, H] and [V, H] (fp32 at least), not yet divided by the temperature; for
+    the second None where it has been added, divided, to ``head.main_grad_VH``."""
+    weight_VH, main_grad_VH = head.weight_VH.detach(), head.main_grad_VH
+    grad_TH, scale = torch.empty_like(hidden_TH), 1.0 / head.temperature
+    if main_grad_VH is None:
+        own = torch.zeros_like(weight_VH, dtype=torch.promote_types(weight_VH.dtype, torch.float32))
+        grad_VH, scale = own, 1.0
+    else:
+        own, grad_VH = None, main_grad_VH
 
     def add(rows: slice) -> tuple[Tensor, R]:
         loss, rest, grad_CV = _with_gradient(head.logits(hidden_TH[rows]), rows, loss_of)
         grad_TH[rows] = grad_CV @ weight_VH
-        _add_product(grad_VH, grad_CV, hidden_TH[rows].to(weight_VH.dtype))
+        _add_product(grad_VH, grad_CV, hidden_TH[rows].to(weight_VH.dtype), scale)
         return loss, rest
 
     losses, rests = zip(*(add(rows) for rows in head.chunks(len(hidden_TH))), strict=True)
-    return torch.stack(losses).sum(), list(rests), (grad_TH, grad_VH)
+    return torch.stack(losses).sum(), list(rests), (grad_TH, own)
 
 
 @torch.enable_grad()
@@ -152,22 +164,22 @@ def _with_gradient(
     return loss.detach(), rest, grad_CV
 
 
-def _add_product(total_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
-    """``total += grad^T hidden``; a narrower dtype is rounded to once per chunk and added in fp32."""
+def _add_product(total_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor, scale: float) -> None:
+    """``total += scale * grad^T hidden``; a narrower dtype is rounded to once per chunk and added in fp32."""
     if total_VH.dtype == grad_CV.dtype:
-        total_VH.addmm_(grad_CV.t(), hidden_CH)
+        total_VH.addmm_(grad_CV.t(), hidden_CH, alpha=scale)
         return
     if grad_CV.is_cuda:  # one product that adds to what is there
-        torch.addmm(total_VH, grad_CV.t(), hidden_CH, out_dtype=total_VH.dtype, out=total_VH)  # pyright: ignore
+        torch.addmm(total_VH, grad_CV.t(), hidden_CH, out_dtype=total_VH.dtype, alpha=scale, out=total_VH)  # pyright: ignore
         return
     entries = max(1, SLICE // hidden_CH.shape[1])  # the product of all entries would be a second gradient of the head
     for part_VH, part_CV in zip(total_VH.split(entries), grad_CV.split(entries, dim=1), strict=True):
-        part_VH += part_CV.t() @ hidden_CH
+        part_VH.add_(part_CV.t() @ hidden_CH, alpha=scale)
 
 
 def _handed_out(
-    gradients: tuple[Tensor, Tensor], upstream: Tensor, head: Head, hidden_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor | None], upstream: Tensor, head: Head, hidden_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     """The gradients in the parameters' dtypes, times upstream / temperature, [T, H] summed over the group.
 
     The head's is scaled in place; the other is new, so that it may be reduced in place.
@@ -177,7 +189,7 @@ def _handed_out(
     grad_TH = (grad_TH * scale).to(hidden_dtype)
     if head.group is not None:
         dist.all_reduce(grad_TH, group=head.group)
-    return grad_TH, grad_VH.mul_(scale).to(head.weight_VH.dtype)
+    return grad_TH, None if grad_VH is None else grad_VH.mul_(scale).to(head.weight_VH.dtype)
 
 
 class _Known(torch.autograd.Function):
@@ -185,17 +197,27 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, loss: Tensor, gradients: tuple[Tensor, Tensor], head: Head
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        loss: Tensor,
+        gradients: tuple[Tensor, Tensor | None],
+        head: Head,
     ) -> Tensor:
         ctx.gradients, ctx.head, ctx.dtype = gradients, head, hidden_TH.dtype
         return loss.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         if ctx.gradients is None:
             raise RuntimeError(
                 "fused_loss has handed out its gradients: a second backward pass needs a new forward pass"
+            )
+        if ctx.head.main_grad_VH is not None and (times := float(upstream)) != 1.0:
+            raise RuntimeError(
+                "the head's gradient has been added to main_grad_VH as of a loss that is minimised as it stands, not"
+                f" times {times:g}; scale the loss within loss_of"
             )
         gradients, ctx.gradients = ctx.gradients, None
         return *_handed_out(gradients, upstream, ctx.head, ctx.dtype), None, None, None
@@ -219,7 +241,7 @@ class _FusedDivergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream_T: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, upstream_T: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden_TH, _, log_probs_TB, tail_T = ctx.saved_tensors
 
         def loss_of(logits_CV: Tensor, rows: slice) -> tuple[Tensor, None]:

@@ -53,12 +53,17 @@ def student_support(logits_TV: Tensor, k: int, group: dist.ProcessGroup | None =
     if not 1 <= k <= vocabulary:
         raise ValueError(f"k is {k}; it must lie between 1 and the {vocabulary} entries of the vocabulary")
     first_id, kept = _first_id(shard, group), min(k, shard)
-    wide = shard if _in_runs(shard, kept) == 0 else max(shard // RUN, kept * RUN)  # numbers that are made of a row
-    blocks = logits_TV.detach().split(max(1, BLOCK["cpu" if logits_TV.is_cpu else "cuda"] // wide))
+    rows = max(1, 20 * BLOCK["cpu" if logits_TV.is_cpu else "cuda"] // support_bytes(shard, kept))
+    blocks = logits_TV.detach().split(rows)
     keys_TK = torch.cat([_largest_keys(rows_TV, kept, first_id) for rows_TV in blocks])
     if group is not None:
         keys_TK = _all_gather_columns(keys_TK, group).topk(k).values
     return _LOW_32 - (keys_TK & _LOW_32)
+
+
+def support_bytes(columns: int, k: int) -> int:
+    """What ``student_support`` makes for the moment of a row of so many columns on a rank."""
+    return max(20 * (columns // RUN), 40 * k * RUN) if _in_runs(columns, k) else 20 * columns
 
 
 @dataclass(frozen=True, slots=True)

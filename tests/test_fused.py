@@ -232,6 +232,60 @@ def test_a_bf16_head_matches_to_its_rounding(name: str) -> None:
         assert distance < 0.03, key
 
 
+# ----------------------------------------------------------------------------------- the caller's own gradient
+
+
+def into_main_grad(case: Case, config: ObjectiveConfig, chunk: int, begun: float = 0.0) -> Found:
+    """Loss, metrics and both gradients, the head's beyond the ``begun`` that its buffer holds in every place."""
+    hidden_TH, weight_VH = case.hidden_TH.clone().requires_grad_(), case.weight_VH.clone().requires_grad_()
+    main_grad_VH = torch.full_like(weight_VH, begun, dtype=torch.promote_types(weight_VH.dtype, torch.float32))
+    head = Head(weight_VH, TEMPERATURE, chunk=chunk, main_grad_VH=main_grad_VH.detach())
+    value, metrics = objective.loss_of_hidden(hidden_TH, head, case.targets, config, Head(case.teacher_VH, TEMPERATURE))
+    value.backward()
+    assert weight_VH.grad is None
+    return {"value": value.detach(), "hidden": hidden_TH.grad, "weight": main_grad_VH - begun, **metrics}
+
+
+def unscaled(found: Found) -> Found:
+    return {**found, "hidden": found["hidden"] / 3.0, "weight": found["weight"] / 3.0}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_gradient_is_added_to_what_the_caller_holds(name: str) -> None:
+    case, config = make_case(), CONFIGS[name]
+    expected = unscaled(whole(case, config))
+    for chunk, begun in ((5, 0.0), (1000, 2.5)):
+        check(into_main_grad(case, config, chunk, begun), expected)
+    double = make_case(dtype=torch.float64)
+    check(into_main_grad(double, config, 5, 2.5), unscaled(whole(double, config)), rtol=1e-6, atol=1e-7)
+    narrow = make_case(dtype=torch.bfloat16)
+    found, expected = into_main_grad(narrow, config, 5), unscaled(whole(narrow, config))
+    assert found["weight"].dtype == torch.float32
+    assert (found["weight"].double() - expected["weight"]).norm() / expected["weight"].norm() < 0.03
+
+
+def test_micro_batches_add_up_in_fp32() -> None:
+    """257 times one: bf16 stays at 256."""
+    weight_VH = torch.ones(VOCABULARY, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    main_grad_VH = torch.zeros(VOCABULARY, HIDDEN)
+    head = Head(weight_VH, main_grad_VH=main_grad_VH)
+    for _ in range(257):
+        hidden_TH = torch.ones(1, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+        loss, _ = fused_loss(hidden_TH, head, lambda logits_CV, _: (logits_CV.float().sum(), None))
+        loss.backward()
+    assert (main_grad_VH == 257.0).all()
+
+
+def test_a_loss_that_is_scaled_afterwards_is_refused() -> None:
+    hidden_TH = torch.ones(3, HIDDEN, requires_grad=True)
+    weight_VH = torch.ones(VOCABULARY, HIDDEN, requires_grad=True)
+    head = Head(weight_VH, main_grad_VH=torch.zeros(VOCABULARY, HIDDEN))
+    loss, _ = fused_loss(hidden_TH, head, lambda logits_CV, rows: (logits_CV.sum(), rows))
+    with pytest.raises(RuntimeError, match=r"not times 0\.5; scale the loss within loss_of"):
+        (loss * 0.5).backward()
+    assert hidden_TH.grad is None
+
+
 # --------------------------------------------------------------------------------------------------- memory
 
 
@@ -256,6 +310,23 @@ def test_no_more_than_a_chunk_is_ever_alive(name: str, monkeypatch: pytest.Monke
     more = make_case(2 * tokens, width)
     assert peak(lambda: fused(more, CONFIGS[name], 4)) - few < 0.03 * logits
     assert peak(lambda: whole(case, CONFIGS[name], torch.float32)) > 2 * logits
+
+
+def test_a_gradient_that_the_caller_holds_costs_no_more() -> None:
+    """Beyond it: a chunk's logits, a wide copy of some rows, and what is counted in tokens."""
+    tokens, width, hidden = 48, 3000, 500
+    hidden_TH = torch.randn(tokens, hidden, dtype=torch.bfloat16).requires_grad_()
+    weight_VH = torch.randn(width, hidden, dtype=torch.bfloat16).requires_grad_()
+    main_grad_VH = torch.zeros(width, hidden)
+
+    def run(held: Tensor | None) -> None:
+        loss, _ = fused_loss(hidden_TH, Head(weight_VH, chunk=8, main_grad_VH=held), lambda z_CV, _: (z_CV.sum(), None))
+        loss.backward()
+
+    own, none = peak(lambda: run(None)), peak(lambda: run(main_grad_VH))
+    of_head, product = 4 * width * hidden, 2 * width * hidden  # on a CPU a product is made before it is added
+    assert own > of_head + product
+    assert none < product + 3 * 2 * 8 * width + 8 * tokens * hidden
 
 
 def test_no_more_than_a_chunk_is_alive_for_the_divergence_of_each_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,3 +77,16 @@ def test_time_of_kernels_is_put_together_by_operator_and_by_kind() -> None:
     assert by_kind(found) == {"products": 80.0, "copies": 15.0, "quantising, transposing": 5.0}
     name, shown = longest(found)[0]
     assert name == "nvjet_tst<8>" and "60.0%" in shown and "by aten::mm" in shown
+
+
+def test_the_sections_measure_what_they_say_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu_sections import last_layer, publishing
+
+    monkeypatch.setattr(last_layer, "CHUNKS", (64,))
+    own, added = last_layer.memory_of(last_layer.LastLayer(256, 64, 3001, 20))[1:3]
+    assert float(str(own.found).split(", ")[1]) > 0.2 and added.good is True
+
+    monkeypatch.setattr(publishing.Pinned, "HALF", 1000)
+    weights = [(f"layers.{i}.proj.weight", torch.randn(130, 96).bfloat16()) for i in range(3)]
+    found = publishing.rates([lambda: weights[:2], lambda: weights[2:]])
+    assert len(found) == 12 and found[-1].good is True

@@ -102,7 +102,8 @@ def test_scoring_reads_the_teachers_longer_context() -> None:
     numbers = (4 * 4096 + 3 * (32 + 8) * 128 + 3 * 12288) / 2
     assert rank.scoring == pytest.approx(18432 * 2 * numbers, rel=1e-9)
     assert rank.activations < rank.swap
-    assert rank.total == rank.standing + rank.scores + rank.head + rank.swap + rank.scoring
+    assert rank.training < rank.swap + rank.scoring
+    assert rank.total == rank.standing + rank.scores + rank.swap + rank.scoring
     grpo = planned("Qwen3-8B", "tp2sppp1dp4do", 2, "engine.count=8", "objective.kind=grpo").rank
     assert grpo.scoring == pytest.approx(10240 * 2 * numbers, rel=1e-9)
 

@@ -156,6 +156,18 @@ def test_chunks_do_not_change_the_checksum(chunk: int) -> None:
     assert checksum(tensor, chunk) == sum(place * byte for place, byte in enumerate(data, 1))
 
 
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_checksum_is_exact_where_products_are_not(precision: str) -> None:
+    """The largest sums, more than a chunk of them, under every precision that a process may have asked for."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        data = torch.full(((1 << 20) + 131,), 255, dtype=torch.uint8)
+        assert checksum(data) == 255 * len(data) * (len(data) + 1) // 2
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_the_checksum_reads_values_not_storage() -> None:
     tensor = tensors()["a"]
     assert checksum(tensor.T) == checksum(tensor.T.contiguous()) != checksum(tensor)

@@ -13,8 +13,11 @@ from pathlib import Path
 from gpu_check import check, within
 
 SECTIONS = {
-    **{name: f"gpu_sections.speed:{name}" for name in ("ceilings", "quantisation", "ema", "head", "stack")},
+    **{name: f"gpu_sections.speed:{name}" for name in ("ceilings", "quantisation", "ema")},
+    **{name: f"gpu_sections.last_layer:{name}" for name in ("head", "support")},
+    "stack": "gpu_sections.speed:stack",
     "profile": "gpu_sections.kernels:layers_by_kernel",
+    "publish": "gpu_sections.publishing:publish",
 }
 
 

@@ -282,7 +282,10 @@ class Learner:
         def on_hidden(micro_batch: MicroBatch, hidden_NH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             targets = self.targets.of(micro_batch, samples, numbers, student, teacher)
             teacher_head = self._head(teacher.states.head_VH if teacher.states else None)
-            loss, metrics = objective.loss_of_hidden(hidden_NH, self._head(), targets, objective_config, teacher_head)
+            head = optim.into_buffer(self._head())
+            loss, metrics = objective.loss_of_hidden(hidden_NH, head, targets, objective_config, teacher_head)
+            if self.config.layout.overlap_grad_reduce:
+                optim.count_as_added(head, loss)
             tokens, padding = (loss.new_tensor(float(n)) for n in (len(micro_batch.ids_T), micro_batch.my_padding))
             return loss, {**metrics, TOTAL: loss.detach(), _ROW_TOKENS: tokens, _PADDING: padding}
 

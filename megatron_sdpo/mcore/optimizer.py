@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from megatron_sdpo.config import LayoutConfig, OptimConfig
+from megatron_sdpo.fused import Head
 from megatron_sdpo.mcore.model import HiddenStatesModel, Model, chunks_of
 from megatron_sdpo.mcore.weights import DividedWeights, Weights, WholeWeights
 
@@ -77,6 +79,28 @@ def _gather_head(chunk: HiddenStatesModel, ddp: DistributedDataParallel) -> None
     group = ddp.param_to_bucket_group[chunk.head()]
     norm: Any = chunk.decoder.final_layernorm
     norm.register_forward_pre_hook(lambda *_: group.finish_param_sync())
+
+
+def into_buffer(head: Head) -> Head:
+    """The head of a training pass, whose gradient goes straight to where DDP adds it up, if that is in fp32."""
+    buffer: Tensor | None = getattr(head.weight_VH, "main_grad", None)
+    return replace(head, main_grad_VH=buffer) if buffer is not None and buffer.dtype == torch.float32 else head
+
+
+def count_as_added(head: Head, loss: Tensor) -> None:
+    """Have DDP count a gradient that is in its buffer already, when the backward pass of ``loss`` comes to the head.
+
+    Where it exchanges gradients during the backward pass it waits for one of each weight. One that is the embedding
+    too has one, which is to be added.
+    """
+    weight_VH: Any = head.weight_VH
+    if head.main_grad_VH is None or getattr(weight_VH, "zero_out_wgrad", False):
+        return
+
+    def stand_in(_: Tensor) -> None:
+        weight_VH.grad, weight_VH.grad_added_to_main_grad = weight_VH.detach().new_zeros(()).expand_as(weight_VH), True
+
+    loss.register_hook(stand_in)
 
 
 def parts(optimizer: Any) -> list[Any]:

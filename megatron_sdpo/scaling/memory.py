@@ -19,13 +19,13 @@ with the formulas and figures that others have published. On a GPU it has not ye
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from megatron_sdpo.config import Config, Fp8Kind, LayoutConfig
 from megatron_sdpo.mcore import names
-from megatron_sdpo.vocabulary import BLOCK
+from megatron_sdpo.vocabulary import BLOCK, support_bytes
 
 BYTES = {"float32": 4, "bfloat16": 2}
 FP8_BYTES = 1 + 4 / 128
@@ -49,12 +49,13 @@ class RankMemory:
     """What the scoring passes found, kept until training."""
     activations: int
     head: int
-    """Logits of a chunk and the gradients of the head and of the states before it; or, where it is more, what the
-    backward pass of one layer holds for the moment, with what it computes again."""
+    """Logits of a chunk and the gradient of the states before it, that of the head being added where its others are;
+    or, where it is more, what the backward pass of one layer holds for the moment, with what it computes again."""
     swap: int
     """A cast copy of the teacher while it scores; no activations are kept then."""
     scoring: int
-    """What one layer makes for the moment of the longest row that is scored, the teacher's longer context in it."""
+    """What one layer makes for the moment of the longest row that is scored, the teacher's longer context in it; or,
+    where it is more, what the head makes of a chunk."""
 
     @property
     def standing(self) -> int:
@@ -62,10 +63,13 @@ class RankMemory:
         return self.weights + self.quantised + self.gradients + self.optimizer + self.teacher
 
     @property
+    def training(self) -> int:
+        """Of a training pass, at its peak."""
+        return self.activations + self.head
+
+    @property
     def total(self) -> int:
-        scoring = self.swap + self.scoring
-        constant = sum(getattr(self, f.name) for f in fields(self)) - self.activations - scoring
-        return constant + max(self.activations, scoring)
+        return self.standing + self.scores + max(self.training, self.swap + self.scoring)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +166,14 @@ def rank_memory(config: Config, hf_config: Mapping[str, Any], pipeline_rank: int
     resident = width * weights if config.teacher.placement == "resident" and width < 4 else 0
     placement = config.teacher.placement
     on_device = placement != "offloaded"
-    last = pipeline_rank == layout.pipeline_parallel - 1
+    first, last = pipeline_rank == 0, pipeline_rank == layout.pipeline_parallel - 1
     tokens = row_tokens(config)
+    kept = activations(config, hf_config, pipeline_rank, tokens, on_cpu)
+    momentary = [_backward(config, hf_config, tokens, on_cpu)]
+    if first:  # the embedding's gradient is the last of all, when the layers have let go of everything
+        momentary.append(_entries(hf_config, layout) * hf_config["hidden_size"] * width - kept)
+    if last:
+        momentary.append(_head(config, hf_config, tokens, on_cpu))
     return RankMemory(
         weights=width * weights,
         quantised=_quantised(config, hf_config, pipeline_rank),
@@ -171,10 +181,10 @@ def rank_memory(config: Config, hf_config: Mapping[str, Any], pipeline_rank: int
         optimizer=round(divided * (MOMENTS + (MASTER if width < 4 else 0))),
         teacher=round(copies * (4 * divided + resident)) if on_device else 0,
         scores=_scores(config) if last else 0,
-        activations=activations(config, hf_config, pipeline_rank, tokens, on_cpu),
-        head=max(_head(config, hf_config, tokens, on_cpu) if last else 0, _backward(config, hf_config, tokens, on_cpu)),
+        activations=kept,
+        head=max(momentary),
         swap=width * weights if copies and placement == "swapped" and width < 4 else 0,
-        scoring=_scoring(config, hf_config, on_cpu),
+        scoring=_scoring(config, hf_config, on_cpu, last),
     )
 
 
@@ -183,15 +193,28 @@ def row_tokens(config: Config) -> int:
     return -(-max(config.layout.tokens_per_micro_batch, config.model.max_length) // config.layout.context_parallel)
 
 
-def _scoring(config: Config, hf_config: Mapping[str, Any], on_cpu: bool) -> int:
-    """Of the longest row: a layer's tensors, as if all were kept."""
+def _scoring(config: Config, hf_config: Mapping[str, Any], on_cpu: bool, last: bool) -> int:
+    """Of the longest row: a layer's tensors, as if all were kept; on the last stage the head's, when they are gone."""
     if config.objective.kind == "next_token":
         return 0
     longest = max(config.layout.tokens_per_micro_batch, config.model.max_length)
     if config.objective.has_teacher:
         longest = max(longest, config.teacher_context.max_prompt_tokens + config.rollout.max_new_tokens)
+    tokens = -(-longest // config.layout.context_parallel)
     whole, _ = _token_bytes(config, hf_config, range(hf_config["num_hidden_layers"]), on_cpu)
-    return round(-(-longest // config.layout.context_parallel) * whole)
+    return max(round(tokens * whole), _scoring_head(config, hf_config, tokens, on_cpu) if last else 0)
+
+
+def _scoring_head(config: Config, hf_config: Mapping[str, Any], tokens: int, on_cpu: bool) -> int:
+    """Logits of a chunk, what the support is found with, and the states before them."""
+    hidden, width = hf_config["hidden_size"], BYTES[config.model.dtype]
+    entries, chunk = _entries(hf_config, config.layout), min(config.layout.head_chunk_tokens, tokens)
+    block, scratch = BLOCK["cpu" if on_cpu else "cuda"], 0
+    if config.objective.has_teacher and config.objective.support == "top_k":
+        scratch = min(chunk * support_bytes(entries, min(config.objective.kept_tokens, entries)), 20 * block)
+    if on_cpu:  # where kernels do not walk
+        scratch = max(scratch, 4 * min(chunk * entries, block))
+    return chunk * entries * width + scratch + 3 * tokens * hidden * width
 
 
 def layer_items(config: Config, hf_config: Mapping[str, Any], on_cpu: bool, fp8: bool) -> dict[str, float]:
@@ -268,15 +291,20 @@ def activations(
     return round(tokens * kept)
 
 
+def _entries(hf_config: Mapping[str, Any], layout: LayoutConfig) -> int:
+    """Of the vocabulary, a tensor rank's."""
+    return names.padded_vocabulary(hf_config, layout.tensor_parallel) // layout.tensor_parallel
+
+
 def _head(config: Config, hf_config: Mapping[str, Any], tokens: int, on_cpu: bool) -> int:
     """While a micro-batch's loss is found; its response tokens may be all of its tokens."""
     layout, hidden, width = config.layout, hf_config["hidden_size"], BYTES[config.model.dtype]
-    entries = names.padded_vocabulary(hf_config, layout.tensor_parallel) // layout.tensor_parallel
-    chunk = min(layout.head_chunk_tokens, tokens)
-    wide = min(chunk * entries, BLOCK["cpu" if on_cpu else "cuda"])
-    head = entries * hidden * (4 + width)  # its gradient, added up in fp32, then as the weight is
-    final = 2 * width  # what enters and leaves the last norm
-    return chunk * entries * width + 4 * wide + head + tokens * hidden * (4 + width + final)
+    entries, chunk = _entries(hf_config, layout), min(layout.head_chunk_tokens, tokens)
+    whole = config.objective.has_teacher and config.objective.support == "vocabulary"
+    # The teacher's logits too; of the hybrid's two sums a gradient each, and both together.
+    logits = 1 + whole + 3 * (config.objective.kind == "hybrid")
+    wide = min(chunk * entries, BLOCK["cpu" if on_cpu else "cuda"]) if on_cpu or whole else 0  # else kernels walk
+    return logits * chunk * entries * width + 4 * wide + tokens * hidden * (4 + 3 * width)
 
 
 def _backward(config: Config, hf_config: Mapping[str, Any], tokens: int, on_cpu: bool) -> int:

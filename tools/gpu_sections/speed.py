@@ -12,13 +12,10 @@ from torch import Tensor
 from gpu_sections.common import Finding, at_least, at_most, draw_batch, learner_of, qwen3, write_model
 from megatron_sdpo import flops, quantization
 from megatron_sdpo.batching import MicroBatch
-from megatron_sdpo.divergence import divergence
-from megatron_sdpo.fused import Head, fused_loss
 from megatron_sdpo.mcore.forward import forward_backward, score
 from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.teacher import ema_update
 from megatron_sdpo.types import Batch
-from megatron_sdpo.vocabulary import student_support, support_log_probs
 
 LAYERS = 6
 """Of Qwen3-8B's 36: what a GPU of 80 GB holds with master weights, moments, gradients and teacher."""
@@ -71,43 +68,6 @@ def quantisation() -> list[Finding]:
         findings.append(at_least(f"{name}: kernel, share of the copy's bandwidth", rate / copied, 0.6))
         slow = moved / seconds(lambda plain=plain: plain(x[:2048])) * (2048 / 16_384)
         findings.append(Finding(f"{name}: torch, share of the copy's bandwidth", slow / copied))
-    return findings
-
-
-def head() -> list[Finding]:
-    """Loss of the last layer from hidden states, forward and backward, beside the head's three products alone."""
-    t, h, v, k = 4096, 4096, 151_936, 20
-    findings = []
-    hidden = torch.randn(t, h, device="cuda").bfloat16().requires_grad_()
-    weight = (torch.randn(v, h, device="cuda") * (3 / h**0.5)).bfloat16().requires_grad_()
-    with torch.no_grad():
-        logits = hidden @ weight.t()
-        ids = student_support(logits, k)
-        teacher = support_log_probs(logits, ids, with_tail=True) - 0.1 * torch.rand(t, k + 1, device="cuda")
-        findings.append(
-            Finding("student_support of 4,096 tokens, ms", 1e3 * seconds(lambda: student_support(logits, k)))
-        )
-        walk = seconds(lambda: support_log_probs(logits, ids))
-        findings.append(Finding("support_log_probs: ms, TB/s", f"{1e3 * walk:.2f}, {logits.nbytes / walk / 1e12:.2f}"))
-        products = seconds(lambda: (hidden @ weight.t(), logits @ weight, logits.t() @ hidden))
-    for chunk in (1024, 2048, 4096):
-
-        def loss_of(logits_CV: Tensor, rows: slice) -> tuple[Tensor, None]:
-            values = divergence(logits_CV, ids[rows], teacher[rows], 0.5, overwrite=True)
-            return values.sum() / t, None
-
-        def both(chunk: int = chunk) -> None:
-            loss, _ = fused_loss(hidden, Head(weight, chunk=chunk), loss_of)
-            torch.autograd.grad(loss, (hidden, weight))
-
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        taken = seconds(both)
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-        findings.append(at_most(f"fused loss, chunks of {chunk}: of the products' time", taken / products, 1.3))
-        findings.append(
-            Finding(f"fused loss, chunks of {chunk}: ms, GiB beyond the inputs", f"{1e3 * taken:.1f}, {peak:.2f}")
-        )
     return findings
 
 
