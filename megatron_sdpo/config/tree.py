@@ -51,6 +51,14 @@ class EngineConfig:
     count: int = 1
     """Engines; two or more are put behind sglang-router."""
     tensor_parallel: int = 1
+    fp8: Literal["off", "blockwise"] = "off"
+    """blockwise: the layers multiply in FP8 (E4M3, one fp32 scale for 128 x 128 of a weight and for 128 numbers of an
+    activation). The trainer quantises what it publishes: half the bytes of bfloat16. Embedding, norms, router and head
+    stay in model.dtype, and so do the layers of fp8.high_precision_layers. Whatever fp8.student is, importance weights
+    (objective.engine_mismatch_cap) correct what remains between the two; least remains with fp8.student=blockwise (on
+    a CPU emulated) and head_dim a multiple of 128, where both multiply by the same codes. Engines that no trainer
+    publishes to (evaluate, serve, debug.rollout_only) need a model.path that is FP8 already (``convert --fp8``), and
+    are then in FP8 whatever this says. bfloat16 on a GPU; a CPU computes the same numbers slowly, in any dtype."""
     host: str = "127.0.0.1"
     """Address that engines bind to: loopback, or this node's address in the job's network."""
     port: int = 0
