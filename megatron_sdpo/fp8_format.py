@@ -94,10 +94,15 @@ def check_engines_alone(config: Config, hf_config: Mapping[str, Any]) -> None:
         )
 
 
-def check_blocks(config: Config, hf_config: Mapping[str, Any]) -> None:
-    """Refuse FP8 engines whose ranks would hold parts of blocks, which SGLang's kernels do not multiply."""
+def check_engines(config: Config, hf_config: Mapping[str, Any]) -> None:
+    """Refuse FP8 engines of a model whose scales SGLang does not load, or of whose blocks a rank would hold parts."""
     if config.engine.fp8 == "off" and not is_fp8(hf_config):
         return
+    if hf_config["model_type"] == "llama":  # 0.5.15 and 0.5.21 look for them under another name, and only warn
+        raise ConfigError(
+            "SGLang leaves out the scales of LlamaForCausalLM in block FP8, and would serve other numbers; set"
+            " engine.fp8=off and model.path to a model in full precision"
+        )
     heads, tp = hf_config["num_attention_heads"], config.engine.tensor_parallel
     groups = hf_config.get("num_key_value_heads") or heads
     d = hf_config.get("head_dim") or hf_config["hidden_size"] // heads

@@ -193,7 +193,7 @@ def check_model(config: Config, model: dict[str, Any]) -> None:
     _check_experts_layout(config, model)
     _check_recompute(config, model)
     _check_fp8(config, model)
-    fp8_format.check_blocks(config, model)
+    fp8_format.check_engines(config, model)
     objective = config.objective
     keeps_tokens = objective.has_teacher and objective.support == "top_k"
     if keeps_tokens and objective.kept_tokens >= model["vocab_size"]:

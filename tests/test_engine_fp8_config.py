@@ -9,7 +9,8 @@ import pytest
 
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import Config, ConfigError, DebugConfig, LayoutConfig, apply_overrides
-from megatron_sdpo.fp8_format import KEY, check_blocks, check_device, quantization_config
+from megatron_sdpo.fp8_format import KEY, check_device, quantization_config
+from megatron_sdpo.fp8_format import check_engines as check_in_fp8
 from megatron_sdpo.hf_config import check_model, read_hf_config
 from megatron_sdpo.launch.planning import PUBLISHED
 from megatron_sdpo.launch.preflight import check_engines, check_run
@@ -87,6 +88,12 @@ def test_an_engines_ranks_hold_whole_blocks() -> None:
     check_model(replace(asked(), engine=config().engine), published("Qwen3-8B", hidden_size=4000))
 
 
+def test_llamas_scales_reach_no_engine() -> None:
+    llama = {**published("Qwen3-8B"), "model_type": "llama"}
+    assert "leaves out the scales of LlamaForCausalLM" in words_of(check_model, asked(), llama)
+    check_model(replace(asked(), engine=config().engine), llama)
+
+
 def test_layers_kept_out_leave_some() -> None:
     words = words_of(check_model, asked("fp8.high_precision_layers=18"), published("Qwen3-8B"))
     assert "leave none of the model's 36 layers" in words
@@ -153,5 +160,5 @@ def test_what_an_engine_is_told(model: Path, in_fp8: Path) -> None:
 
 def test_blocks_of_a_model_in_fp8_whatever_the_recipe_says(in_fp8: Path) -> None:
     hf_config = read_hf_config(in_fp8, fp8=True)
-    check_blocks(of(in_fp8, "engine.tensor_parallel=2"), hf_config)
-    assert "MLP units" in words_of(check_blocks, of(in_fp8, "engine.tensor_parallel=4"), hf_config)
+    check_in_fp8(of(in_fp8, "engine.tensor_parallel=2"), hf_config)
+    assert "MLP units" in words_of(check_in_fp8, of(in_fp8, "engine.tensor_parallel=4"), hf_config)

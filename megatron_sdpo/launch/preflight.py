@@ -88,7 +88,7 @@ def check_engines(config: Config) -> None:
     """The same for engines alone, which answer whatever is asked."""
     configuration.check(config)
     model, _ = _read_model(config, has_trainer=False)
-    fp8_format.check_blocks(config, model)
+    fp8_format.check_engines(config, model)
     check_ports(config)
     _check_run_dir(Path(config.run_dir))
 
