@@ -51,6 +51,14 @@ class EngineConfig:
     count: int = 1
     """Engines; two or more are put behind sglang-router."""
     tensor_parallel: int = 1
+    fp8: Literal["off", "blockwise"] = "off"
+    """blockwise: the layers multiply in FP8 (E4M3, one fp32 scale for 128 x 128 of a weight and for 128 numbers of an
+    activation). The trainer quantises what it publishes: half the bytes of bfloat16. Embedding, norms, router and head
+    stay in model.dtype, and so do the layers of fp8.high_precision_layers. Whatever fp8.student is, importance weights
+    (objective.engine_mismatch_cap) correct what remains between the two; least remains with fp8.student=blockwise (on
+    a CPU emulated) and head_dim a multiple of 128, where both multiply by the same codes. Engines that no trainer
+    publishes to (evaluate, serve, debug.rollout_only) need a model.path that is FP8 already (``convert --fp8``), and
+    are then in FP8 whatever this says. bfloat16 on a GPU; a CPU computes the same numbers slowly, in any dtype."""
     host: str = "127.0.0.1"
     """Address that engines bind to: loopback, or this node's address in the job's network."""
     port: int = 0
@@ -230,7 +238,10 @@ class PublishConfig:
     """Length of the fixed probe whose log-probs trainer and engine compare after every publish."""
     probe_tolerance: float = 1e-4
     """Largest accepted difference of a probe log-prob; natural log. bf16 needs about 0.5: a probe of random tokens has
-    log-probs far below zero, where it is coarse (0.36 was seen between SGLang and Transformer Engine)."""
+    log-probs far below zero, where it is coarse (0.36 was seen between SGLang and Transformer Engine). FP8 engines
+    (engine.fp8) were seen 2e-6 from an emulated student in fp32 on a CPU, where both multiply by the same codes, and
+    0.03 where rounding had turned one code of an activation; 0.3 to 0.5 from a student that is not in FP8, or whose
+    head_dim is 64: so far FP8 itself moves a probe of a tiny model."""
     timeout_s: float = 300.0
 
 

@@ -70,6 +70,7 @@ class Publisher:
     the probe (on every rank). Engines are controlled by the senders alone. A sender holds its stage's tensors on the
     host once, for the way back, and while it publishes once more. With a ``fleet`` the engines may change from version
     to version: those that it has are sent to, and one that is gone in the middle is left out while others are there.
+    ``encoded`` makes of a bucket what FP8 engines load (quantize.py), where it is gathered.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Publisher:
         host: str,
         probe_log_probs: Callable[[Sequence[int]], list[float]],
         fleet: Fleet | None = None,
+        encoded: Callable[[Tensors], Tensors] | None = None,
         release_memory: bool = False,
     ) -> None:
         self.config, self.hf_config, self.groups, self.own = config, hf_config, groups, own
@@ -89,6 +91,7 @@ class Publisher:
         element_bytes = next(iter(own.values())).element_size()
         self.buckets = plan(hf_config, groups.pipeline_size, element_bytes, config.bucket_bytes, groups.virtual_size)
         self.fleet = fleet
+        self.encoded: Callable[[Tensors], Tensors] = encoded or (lambda pairs: pairs)
         self.probe = probe_ids(hf_config["vocab_size"], config.probe_tokens)
         self.release_memory = release_memory
         self.transport: StageTransport | HandleTransport | None = None
@@ -218,6 +221,7 @@ class Publisher:
             broken = [name for name, tensor in pairs if not bool(torch.isfinite(tensor).all())]
             if broken:
                 failure = failure or f"{broken[0]} holds values that are not finite"
+            pairs = self.encoded(pairs)
             lines += [describe(name, tensor) for name, tensor in pairs]
             # A copy: the parameters move on with the next optimizer step, the previous version must not.
             outgoing.append([(name, tensor.to("cpu", copy=True)) for name, tensor in pairs])

@@ -18,10 +18,11 @@ import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
-from megatron_sdpo.rollout import cpu_platform, cpu_sampling  # noqa: E402
+from megatron_sdpo.rollout import cpu_fp8, cpu_platform, cpu_sampling  # noqa: E402
 
 cpu_platform.install()
 cpu_sampling.provide()
+cpu_fp8.provide()
 
 TOKEN = "MEGATRON_SDPO_TOKEN"
 
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str]) -> None:
     if without_cuda and cpu_sampling.SEEDED in arguments:
         cpu_sampling.switch_on()
         given += cpu_sampling.SERVER_ARGS
+    if without_cuda and cpu_fp8.is_asked_for(arguments):
+        cpu_fp8.switch_on()
     token = os.environ.pop(TOKEN, "")
     if token:
         hide_in_log(token)
