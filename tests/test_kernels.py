@@ -98,3 +98,19 @@ def test_the_gradient_of_a_divergence(dtype: torch.dtype, overwrite: bool, monke
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     for got, wanted in zip(*both(monkeypatch, work), strict=True):
         assert (got - wanted).norm() <= tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "entries", "k"), [(1, 16, 16), (5, 130, 100), (9, 5000, 7), (64, 151_936, 20), (16, 151_937, 100)]
+)
+def test_a_support_with_many_equal_logits(
+    tokens: int, entries: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = ((drawn(tokens, entries) * 8).round() / 2).to(dtype)
+    logits[0, ::3] = -torch.inf
+    logits[:, 1] = -0.0
+    (found,), (wanted,) = both(monkeypatch, lambda: [student_support(logits, k)])
+    assert torch.equal(found, wanted)
+    exact = logits.float().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(found, exact)
