@@ -42,6 +42,40 @@ def rows_in_torch(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     return codes.contiguous(), factor_TB.reciprocal()
 
 
+def quantized_swiglu(gates_T2F: Tensor) -> tuple[Tensor, Tensor]:
+    """``silu(gate) * up`` of ``[gate, up]`` in its dtype, quantised by rows: codes ``[T, F]`` and scales
+    ``[ceil(F / 128), T]``, transposed as products on a GPU want them."""
+    if _on_kernels(gates_T2F):
+        from megatron_sdpo import quantization_kernels as kernels
+
+        return kernels.quantized_swiglu(gates_T2F)
+    return swiglu_in_torch(gates_T2F)
+
+
+def swiglu_in_torch(gates_T2F: Tensor) -> tuple[Tensor, Tensor]:
+    """``quantized_swiglu`` without a kernel."""
+    gate_TF, up_TF = gates_T2F.float().chunk(2, dim=1)
+    codes, scales = rows_in_torch((F.silu(gate_TF) * up_TF).to(gates_T2F.dtype))
+    return codes, scales.t().contiguous()
+
+
+def quantized_rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The RMS norm of ``x`` in its dtype, quantised by rows: codes ``[T, H]`` and scales ``[ceil(H / 128), T]``."""
+    if _on_kernels(x_TH):
+        from megatron_sdpo import quantization_kernels as kernels
+
+        return kernels.quantized_rms_norm(x_TH, weight_H, eps)
+    return rms_norm_in_torch(x_TH, weight_H, eps)
+
+
+def rms_norm_in_torch(x_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``quantized_rms_norm`` without a kernel."""
+    wide_TH = x_TH.float()
+    normed_TH = wide_TH * torch.rsqrt(wide_TH.square().mean(1, keepdim=True) + eps) * weight_H.float()
+    codes, scales = rows_in_torch(normed_TH.to(x_TH.dtype))
+    return codes, scales.t().contiguous()
+
+
 def quantized_blocks(w_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Codes ``[N, K]`` and scales fp32 ``[ceil(N / 128), ceil(K / 128)]``, one for each 128 x 128 numbers."""
     if _on_kernels(w_NK):

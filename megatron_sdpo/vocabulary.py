@@ -302,15 +302,33 @@ def _largest_keys(rows_TV: Tensor, k: int, first_id: int) -> Tensor:
     columns = rows_TV.shape[1]
     runs = _in_runs(columns, k)
     if runs == 0:
-        return _keys(rows_TV, torch.arange(first_id, first_id + columns, device=rows_TV.device)).topk(k).values
-    runs_TRr = rows_TV[:, : runs * RUN].unflatten(1, (runs, RUN))
-    best_TR = _keys(runs_TRr.amax(dim=2), torch.arange(runs, device=rows_TV.device))
-    chosen_TK = _LOW_32 - (best_TR.topk(k).values & _LOW_32)
+        return _largest(rows_TV, torch.arange(first_id, first_id + columns, device=rows_TV.device), k)
+    best_TR = _run_maxima(rows_TV, runs)
+    chosen_TK = _LOW_32 - (_largest(best_TR, torch.arange(runs, device=rows_TV.device), k) & _LOW_32)
     inside_r = torch.arange(RUN, device=rows_TV.device)
     places_TC = (chosen_TK[:, :, None] * RUN + inside_r).flatten(1)
     over_C = torch.arange(runs * RUN, columns, device=rows_TV.device)  # fewer than a run, behind the last
     places_TC = torch.cat([places_TC, over_C.expand(len(rows_TV), -1)], dim=1)
-    return _keys(rows_TV.gather(1, places_TC), places_TC + first_id).topk(k).values
+    return _largest(rows_TV.gather(1, places_TC), places_TC + first_id, k)
+
+
+def _run_maxima(rows_TV: Tensor, runs: int) -> Tensor:
+    """The largest logit of each run, [T, runs]."""
+    if _on_kernels(rows_TV):
+        from megatron_sdpo import vocabulary_kernels as kernels
+
+        return kernels.run_maxima(rows_TV, runs, RUN)
+    return rows_TV[:, : runs * RUN].unflatten(1, (runs, RUN)).amax(dim=2)
+
+
+def _largest(numbers_TN: Tensor, ids_N: Tensor, k: int) -> Tensor:
+    """The k largest keys of each row, largest first; ``ids_N`` may differ by row."""
+    if _on_kernels(numbers_TN):
+        from megatron_sdpo import vocabulary_kernels as kernels
+
+        if numbers_TN.shape[1] <= kernels.MOST:
+            return kernels.largest_keys(numbers_TN, ids_N.expand(numbers_TN.shape), k)
+    return _keys(numbers_TN, ids_N).topk(k).values
 
 
 def _keys(logits_TV: Tensor, ids_V: Tensor) -> Tensor:

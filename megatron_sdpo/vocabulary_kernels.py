@@ -1,7 +1,9 @@
-"""Triton kernels of ``vocabulary``'s two walks over the logits: each reads them once, a program a row.
+"""Triton kernels of ``vocabulary``'s walks over the logits: each reads them once, a program a row.
 
 Logits at the kept tokens are set to -inf in place for the time of a walk and put back by the same program: the sum over
 the other tokens is taken of these alone, however little they hold. Imported only where logits are on a GPU.
+
+The largest of a row are found one after the other: few are wanted, of numbers that one program holds at one time.
 """
 
 # pyright: reportIndexIssue=false, reportPrivateImportUsage=false
@@ -12,6 +14,8 @@ from torch import Tensor
 
 COLUMNS = 4096
 """That a program holds at one time."""
+MOST = 8192
+"""Of which ``largest_keys`` finds the largest."""
 _EMPTY = tl.constexpr(-1e30)
 """Below every logit: the largest of no logits."""
 
@@ -98,6 +102,37 @@ def _gradient_kernel(
     tl.store(out + row * out_stride + column_of, share.to(out.dtype.element_ty), mask=mine)
 
 
+@triton.jit
+def _runs_kernel(logits, maxima, runs, stride, run: tl.constexpr, columns: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    for first in range(0, runs * run, columns):
+        place = first + tl.arange(0, columns)
+        z = tl.load(logits + row * stride + place, mask=place < runs * run, other=-float("inf")).to(tl.float32)
+        found = tl.max(tl.reshape(z, [columns // run, run]), 1)
+        number = first // run + tl.arange(0, columns // run)
+        tl.store(maxima + row * runs + number, found, mask=number < runs)
+
+
+@triton.jit
+def _largest_kernel(numbers, ids, found, n, k, ids_stride, width: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, width)
+    inside = slot < n
+    z = tl.load(numbers + row * n + slot, mask=inside, other=0.0).to(tl.float32)
+    z = tl.where(z == 0.0, 0.0, z)  # one zero: equal numbers, equal bits
+    bits = z.to(tl.int32, bitcast=True)
+    # Bits of negative floats grow with the magnitude: flip them, sign apart.
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    name = tl.load(ids + row * ids_stride + slot, mask=inside, other=0)
+    keys = bits.to(tl.int64) * 4294967296 + (4294967295 - name)
+    none = tl.zeros([width], tl.int64) - 9223372036854775807
+    keys = tl.where(inside, keys, none)
+    for i in range(0, k):
+        best = tl.max(keys, 0)
+        tl.store(found + row * k + i, best)
+        keys = tl.where(keys == best, none, keys)
+
+
 def tail_of(
     logits_TV: Tensor, local_TK: Tensor, owned_TK: Tensor, k: int, with_entropy: bool, floor: float
 ) -> tuple[Tensor, Tensor]:
@@ -146,3 +181,36 @@ def gradient(
         columns=min(COLUMNS, triton.next_power_of_2(v)),
         num_warps=8,
     )
+
+
+def run_maxima(logits_TV: Tensor, runs: int, run: int) -> Tensor:
+    """The largest logit of each of the first runs of ``run`` columns, a power of two: fp32 ``[T, runs]``.
+
+    Not yet run on a GPU.
+    """
+    maxima = torch.empty(len(logits_TV), runs, dtype=torch.float32, device=logits_TV.device)
+    _runs_kernel[(len(logits_TV),)](
+        logits_TV, maxima, runs, logits_TV.stride(0), run=run, columns=max(run, COLUMNS), num_warps=8
+    )
+    return maxima
+
+
+def largest_keys(numbers_TN: Tensor, ids_TN: Tensor, k: int) -> Tensor:
+    """The k largest keys of each row (``vocabulary._keys``), largest first, int64 [T, k]; of at most ``MOST`` numbers.
+
+    ``ids``: int64; rows may be one and the same. Not yet run on a GPU.
+    """
+    rows, n = numbers_TN.shape
+    found = torch.empty(rows, k, dtype=torch.int64, device=numbers_TN.device)
+    width = triton.next_power_of_2(n)
+    _largest_kernel[(rows,)](
+        numbers_TN.contiguous(),
+        ids_TN if ids_TN.stride(1) == 1 else ids_TN.contiguous(),
+        found,
+        n,
+        k,
+        ids_TN.stride(0) if ids_TN.stride(1) == 1 else n,
+        width=width,
+        num_warps=4 if width <= 2048 else 8 if width <= 4096 else 16,
+    )
+    return found

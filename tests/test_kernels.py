@@ -35,6 +35,23 @@ def test_codes_and_scales_are_torchs_to_the_bit(shape: tuple[int, int], dtype: t
         assert torch.equal(scales, wanted_scales)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 128), (33, 384), (1000, 4096), (12, 5120)])
+def test_codes_written_at_once_are_torchs_but_for_rounding(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    gates, x, weight = (
+        drawn(shape[0], 2 * shape[1]).to(dtype),
+        drawn(*shape, seed=1).to(dtype),
+        drawn(shape[1]).to(dtype),
+    )
+    x[0] = gates[0] = 0.0
+    for (codes, scales), (wanted, wanted_scales) in (
+        (quantization.quantized_swiglu(gates), quantization.swiglu_in_torch(gates)),
+        (quantization.quantized_rms_norm(x, weight, 1e-6), quantization.rms_norm_in_torch(x, weight, 1e-6)),
+    ):
+        assert (codes.view(torch.uint8) == wanted.view(torch.uint8)).double().mean() > 0.998
+        torch.testing.assert_close(scales, wanted_scales, rtol=0.01, atol=0)  # one step of bf16
+
+
 def both(monkeypatch: pytest.MonkeyPatch, work: Callable[[], list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
     """What ``work`` gives with the kernels and without."""
     assert vocabulary._HAS_TRITON
@@ -81,3 +98,19 @@ def test_the_gradient_of_a_divergence(dtype: torch.dtype, overwrite: bool, monke
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     for got, wanted in zip(*both(monkeypatch, work), strict=True):
         assert (got - wanted).norm() <= tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "entries", "k"), [(1, 16, 16), (5, 130, 100), (9, 5000, 7), (64, 151_936, 20), (16, 151_937, 100)]
+)
+def test_a_support_with_many_equal_logits(
+    tokens: int, entries: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = ((drawn(tokens, entries) * 8).round() / 2).to(dtype)
+    logits[0, ::3] = -torch.inf
+    logits[:, 1] = -0.0
+    (found,), (wanted,) = both(monkeypatch, lambda: [student_support(logits, k)])
+    assert torch.equal(found, wanted)
+    exact = logits.float().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(found, exact)

@@ -12,7 +12,9 @@ from megatron_sdpo.quantization import (
     of_blocks,
     of_rows,
     quantized_blocks,
+    quantized_rms_norm,
     quantized_rows,
+    quantized_swiglu,
 )
 
 SIZES = st.integers(1, 300)
@@ -99,3 +101,18 @@ def test_against_torchs_scaled_product() -> None:
     )
     ours = BlockLinear.apply(x, w)
     assert isinstance(ours, Tensor) and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gated_unit_and_a_norm_are_quantised_as_if_they_had_been_written() -> None:
+    """By rows, the scales transposed."""
+    generator = torch.Generator().manual_seed(0)
+    gates_T2F, x_TH = (torch.randn(9, width, generator=generator).bfloat16() for width in (400, 300))
+    weight_H = torch.rand(300, generator=generator).bfloat16()
+    written = torch.nn.functional.silu(gates_T2F[:, :200].float()) * gates_T2F[:, 200:].float()
+    normed = torch.nn.functional.rms_norm(x_TH.float(), (300,), weight_H.float(), 1e-6)
+    for (codes, scales), wanted in (
+        (quantized_swiglu(gates_T2F), written),
+        (quantized_rms_norm(x_TH, weight_H, 1e-6), normed),
+    ):
+        again, again_scales = quantized_rows(wanted.bfloat16())
+        assert torch.equal(codes.float(), again.float()) and torch.equal(scales, again_scales.t())

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 SECTIONS = {
     "environment": "gpu_sections.numerics:environment",
     "linears": "gpu_sections.numerics:linears",
+    "codes": "gpu_sections.numerics:codes",
     "learners": "gpu_sections.numerics:learners",
     "packed": "gpu_sections.numerics:packed",
     "teacher": "gpu_sections.numerics:teacher",

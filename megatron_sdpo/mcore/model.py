@@ -29,6 +29,7 @@ from megatron_sdpo.mcore.fp8 import (
     megatron_settings,
     uses_transformer_engine,
 )
+from megatron_sdpo.mcore.fp8_codes import write_codes_when_scoring
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.modules import PackedRows, cpu_block_spec
 from megatron_sdpo.mcore.names import padded_vocabulary
@@ -228,6 +229,8 @@ def build_model(
         chunk.rotary_pos_emb.inv_freq = inverse_frequencies(hf)
         _mark_shards(chunk)
         _keep_norms_when_scoring(chunk)
+        if config.transformer_impl == "transformer_engine" and "blockwise" in fp8.kinds:
+            write_codes_when_scoring(chunk.decoder.layers)
         chunk.to(platform.device())
     return chunks[0] if len(chunks) == 1 else Chunks(chunks)
 

@@ -15,7 +15,7 @@ and of its weight two quantised copies, for the forward and for the backward pro
 are FP8).
 
 ``tests/test_scaling_memory.py`` compares this with what small models hold on a CPU, ``tests/test_published_figures.py``
-with the formulas and figures that others have published. On a GPU it has not yet been compared.
+with the formulas and figures that others have published, ``tools/gpu_check.py memory`` with what one GPU has allocated.
 """
 
 from collections.abc import Mapping

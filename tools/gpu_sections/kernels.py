@@ -2,7 +2,8 @@
 
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gpu_sections.common import Finding, draw_batch, learner_of, qwen3, write_model
 from gpu_sections.speed import LAYERS, seconds
+from megatron_sdpo.mcore import fp8_codes
 from megatron_sdpo.mcore.forward import score
 
 MOST = 25
@@ -67,10 +69,23 @@ def layers_by_kernel() -> list[Finding]:
         findings.append(Finding(f"{said}: s, kernels alone s, of it", f"{taken:.4f}, {busy:.4f}, {busy / taken:.3f}"))
         findings += [Finding(f"{said} {what}", shown) for what, shown in longest(launched)]
         totals[said] = by_kind(launched)
+    with given_norms_and_units():
+        slower = seconds(forward, 3, 1)
+    findings.append(Finding("FP8 without codes written at once: s, slower by", f"{slower:.4f}, {slower / taken:.3f}"))
     for what in totals["bf16"] | totals["FP8"]:
         times = [totals[said].get(what, 0.0) / 1e3 for said in ("bf16", "FP8")]
         findings.append(Finding(f"{what}: ms in bf16, in FP8", f"{times[0]:.2f}, {times[1]:.2f}"))
     return findings
+
+
+@contextmanager
+def given_norms_and_units() -> Iterator[None]:
+    """Within the block Transformer Engine's own, as in training."""
+    before, fp8_codes._scoring = fp8_codes._scoring, lambda: False
+    try:
+        yield
+    finally:
+        fp8_codes._scoring = before
 
 
 def launches(work: Callable[[], object]) -> list[Launched]:

@@ -9,6 +9,7 @@ from live_memory import peak_bytes
 from torch import Tensor
 
 from gpu_sections.common import DEVICE, Finding, at_most
+from gpu_sections.kernels import launches, longest
 from gpu_sections.speed import seconds
 from megatron_sdpo.divergence import divergence
 from megatron_sdpo.fused import Head, fused_loss
@@ -108,6 +109,9 @@ def support() -> list[Finding]:
     once = seconds(lambda: logits_TV.clone()) / 2
     taken = seconds(lambda: student_support(logits_TV, layer.k))
     memory = peak_bytes(lambda: student_support(logits_TV, layer.k), DEVICE)
+    kernels = [
+        Finding(f"  {what}", shown) for what, shown in longest(launches(lambda: student_support(logits_TV, layer.k)))
+    ]
     wanted_TK = logits_TV[:64].float().sort(dim=1, descending=True, stable=True).indices[:, : layer.k]
     same = (student_support(logits_TV[:64], layer.k) == wanted_TK).double().mean().item()
     return [
@@ -116,5 +120,6 @@ def support() -> list[Finding]:
             f"{1e3 * taken:.2f}, {taken / once:.1f}",
         ),
         Finding("student_support of 4,096 tokens: GiB", memory / 2**30),
+        *kernels[:8],
         Finding("student_support: share of ids that a stable sort gives", same, "== 1", same == 1.0),
     ]

@@ -24,6 +24,7 @@ from gpu_sections.common import (
     step_of,
     write_model,
 )
+from gpu_sections.kernels import given_norms_and_units
 from megatron_sdpo import quantization
 from megatron_sdpo.divergence import divergence, student_support, support_log_probs
 from megatron_sdpo.fused import Head, fused_divergence
@@ -116,6 +117,41 @@ def _codes(w_NK: Tensor, x_TK: Tensor) -> list[Finding]:
         back = (quantization.of_blocks if dim == 2 else quantization.of_rows)(*ours)
         findings.append(at_most(f"numbers of a {what} after both", relative(again, back), 5e-3))
     return findings
+
+
+def codes() -> list[Finding]:
+    """Codes that scoring passes write at once, beside those of torch and of the passes that write numbers first."""
+    findings = []
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    gates, x, weight = (
+        torch.randn(shape, generator=generator, device=DEVICE).bfloat16()
+        for shape in ((640, 3072), (640, 1536), (1536,))
+    )
+    for what, ours, torchs in (
+        ("gated unit", quantization.quantized_swiglu(gates), quantization.swiglu_in_torch(gates)),
+        ("norm", quantization.quantized_rms_norm(x, weight, 1e-6), quantization.rms_norm_in_torch(x, weight, 1e-6)),
+    ):
+        same = (ours[0].view(torch.uint8) == torchs[0].view(torch.uint8)).double().mean().item()
+        findings.append(at_least(f"codes of a {what} like torch's", same, 0.998))
+        findings.append(at_most(f"scales of a {what} from torch's", relative(ours[1], torchs[1]), 1e-3))
+    with tempfile.TemporaryDirectory() as name:
+        model = write_model(Path(name) / "model", qwen3(**SMALL))
+        batch = draw_batch(SMALL["vocab_size"], mixed_lengths(16))
+        learner = learner_of(model, "fp8.student=blockwise", "fp8.teacher=blockwise")
+        at_once = joined(learner.score_student(batch).old_log_probs)
+        with given_norms_and_units():
+            given = joined(learner.score_student(batch).old_log_probs)
+        again = joined(learner.score_student(batch).old_log_probs)
+    apart = (at_once - given).abs()
+    return [
+        *findings,
+        holds("log-probs again, to the bit", torch.equal(at_once, again)),
+        holds(
+            "another way is taken", not torch.equal(at_once, given), f"{(apart > 0).double().mean().item():.3f} of them"
+        ),
+        at_most("log-probs from those of numbers first, mean", apart.mean().item(), 0.01),
+        Finding("log-probs from those of numbers first, largest", apart.max().item()),
+    ]
 
 
 def learners() -> list[Finding]:

@@ -68,6 +68,18 @@ def quantisation() -> list[Finding]:
         findings.append(at_least(f"{name}: kernel, share of the copy's bandwidth", rate / copied, 0.6))
         slow = moved / seconds(lambda plain=plain: plain(x[:2048])) * (2048 / 16_384)
         findings.append(Finding(f"{name}: torch, share of the copy's bandwidth", slow / copied))
+    weight = torch.ones(4096, dtype=torch.bfloat16, device="cuda")
+    for name, moved, kernel in (
+        ("quantized_swiglu", x.nbytes + x.numel() // 2, lambda: kernels.quantized_swiglu(x)),
+        (
+            "quantized_rms_norm",
+            x.nbytes + x.numel(),
+            lambda: kernels.quantized_rms_norm(x.view(-1, 4096), weight, 1e-6),
+        ),
+    ):
+        findings.append(
+            at_least(f"{name}: kernel, share of the copy's bandwidth", moved / seconds(kernel) / copied, 0.6)
+        )
     return findings
 
 
