@@ -185,13 +185,13 @@ def test_an_engine_loads_what_convert_writes(served: Served, groups: ParallelGro
     ("family", "overrides", "engine"),
     [
         ("qwen3", ["fp8.high_precision_layers=1"], {"tensor_parallel": 2}),
-        ("qwen3_moe", [], {}),
+        ("qwen3_moe", ["fp8.high_precision_layers=1"], {}),
     ],
 )
 def test_other_engines(
     tmp_path: Path, groups: ParallelGroups, family: str, overrides: list[str], engine: dict[str, int]
 ) -> None:
-    """Cut over two ranks, with layers kept out; and experts."""
+    """Cut over two ranks; of experts; the first and the last of four layers kept out."""
     config, fleet = serving(tmp_path, family, *overrides, **engine)
     with fleet:
         learner = make_learner(config, groups)

@@ -58,7 +58,8 @@ class EngineConfig:
     (objective.engine_mismatch_cap) correct what remains between the two; least remains with fp8.student=blockwise (on
     a CPU emulated) and head_dim a multiple of 128, where both multiply by the same codes. Engines that no trainer
     publishes to (evaluate, serve, debug.rollout_only) need a model.path that is FP8 already (``convert --fp8``), and
-    are then in FP8 whatever this says. bfloat16 on a GPU; a CPU computes the same numbers slowly, in any dtype."""
+    are then in FP8 whatever this says. bfloat16 on a GPU; a CPU computes the same numbers slowly, in any dtype. Not for
+    Llama, whose scales SGLang (0.5.15, 0.5.21) leaves out."""
     host: str = "127.0.0.1"
     """Address that engines bind to: loopback, or this node's address in the job's network."""
     port: int = 0
@@ -238,10 +239,10 @@ class PublishConfig:
     """Length of the fixed probe whose log-probs trainer and engine compare after every publish."""
     probe_tolerance: float = 1e-4
     """Largest accepted difference of a probe log-prob; natural log. bf16 needs about 0.5: a probe of random tokens has
-    log-probs far below zero, where it is coarse (0.36 was seen between SGLang and Transformer Engine). FP8 engines
-    (engine.fp8) were seen 2e-6 from an emulated student in fp32 on a CPU, where both multiply by the same codes, and
-    0.03 where rounding had turned one code of an activation; 0.3 to 0.5 from a student that is not in FP8, or whose
-    head_dim is 64: so far FP8 itself moves a probe of a tiny model."""
+    log-probs far below zero, where it is coarse (0.36 was seen between SGLang and Transformer Engine). With FP8 engines
+    (engine.fp8) and tiny models on a CPU these were seen: from an emulated student, which multiplies by the same codes,
+    2e-6 in fp32, 0.03 where rounding had turned one code of an activation, 0.2 in bf16; from a student that is not in
+    FP8, or whose head_dim is 64, 0.3 to 0.5, as far as FP8 itself moves them."""
     timeout_s: float = 300.0
 
 
