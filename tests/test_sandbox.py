@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import replace
 
 import psutil
 import pytest
 
 from megatron_sdpo.sandbox import LocalSandbox, Outcome, Program
-from tests.sandbox_attacks import ATTACKS, Attack
+from tests.sandbox_attacks import ATTACKS, DAEMON, Attack
 from tests.sandbox_setup import CONFIG, SMALL, skip_without_sandbox
 
 NEIGHBOUR = Program("print(sum(map(int, input().split())))", (b"1 2 3",), limits=SMALL)
@@ -47,7 +48,28 @@ def test_an_attack_is_contained_and_its_neighbour_unharmed(sandbox: LocalSandbox
     assert outcome.wall_s < attack.wall_s + 5
     assert len(outcome.stdout) <= SMALL.output_bytes
     assert sandbox.run_blocking(NEIGHBOUR)[0].stdout == b"6\n"
-    assert not [p for p in psutil.process_iter(["cmdline"]) if "daemon-of-a-test" in (p.info["cmdline"] or [])]
+    assert not [p for p in psutil.process_iter(["cmdline"]) if DAEMON in (p.info["cmdline"] or [])]
+
+
+def test_the_memory_of_all_processes_together_is_bounded(sandbox: LocalSandbox) -> None:
+    """Measured from outside: four children grow to just below the limit of one, and end when they pass it together."""
+    (attack,) = (attack for attack in ATTACKS if attack.name.startswith("memory of processes that are each"))
+    outcomes: list[Outcome] = []
+    attacker = threading.Thread(target=lambda: outcomes.append(one(sandbox, attack.source)))
+    attacker.start()
+    most = 0
+    while attacker.is_alive():
+        most = max(most, sum(map(_own_bytes, psutil.Process().children(recursive=True))))
+        attacker.join(0.005)
+    assert outcomes[0].kind == "memory_limit"
+    assert 100e6 < most < 1.6 * SMALL.memory_bytes
+
+
+def _own_bytes(process: psutil.Process) -> int:
+    with suppress(psutil.Error):
+        memory = process.memory_info()
+        return memory.rss - memory.shared
+    return 0
 
 
 def test_every_input_is_executed_by_itself(sandbox: LocalSandbox) -> None:

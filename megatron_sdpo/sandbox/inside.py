@@ -52,7 +52,6 @@ RESERVE = 16 << 20
 FILES = 2000
 """Files, folders and links in the temporary folder."""
 TICKS = os.sysconf("SC_CLK_TCK")
-PAGE = os.sysconf("SC_PAGE_SIZE")
 CONTAINED = os.getpid() == 1
 """Process 1 of a namespace of its own: only then is everything else in sight the program's."""
 
@@ -269,7 +268,10 @@ class Watched:
 
 
 def usage(child: int) -> tuple[float, int]:
-    """Processor seconds and resident bytes of all processes of the program, without pages of files."""
+    """Processor seconds of all processes of the program, and bytes of memory that is theirs alone, swapped out or not.
+
+    Memory that several hold needs no count: seccomp.py lets them share none but files of the limited folder.
+    """
     cpu = memory = 0
     for name in os.listdir("/proc") if CONTAINED else [str(child)]:
         if not name.isdigit() or name == "1":
@@ -277,13 +279,13 @@ def usage(child: int) -> tuple[float, int]:
         try:
             with open(f"/proc/{name}/stat", "rb") as file:
                 fields = file.read().rpartition(b")")[2].split()
-            with open(f"/proc/{name}/statm", "rb") as file:
-                pages = file.read().split()
+            with open(f"/proc/{name}/status", "rb") as file:
+                sizes = [line.split()[1] for line in file if line.startswith((b"RssAnon:", b"VmSwap:"))]
         except OSError:  # it has ended
             continue
         cpu += sum(map(int, fields[11:15]))
-        memory += int(pages[1]) - int(pages[2])
-    return cpu / TICKS, memory * PAGE
+        memory += sum(map(int, sizes))
+    return cpu / TICKS, memory * 1024
 
 
 def attend(watched: Watched, feed_to: int, feed: memoryview, outputs: dict[int, bytearray]) -> str | None:

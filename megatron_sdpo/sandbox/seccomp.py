@@ -1,12 +1,13 @@
 """The system calls that a program may make: an allow-list, as the filter program that bubblewrap loads.
 
-Written by hand rather than with libseccomp: the filter is one list and three tests of an argument, its encoding is
+Written by hand rather than with libseccomp: the filter is one list and four tests of an argument, its encoding is
 thirty lines that the tests run for real, and libseccomp would be one more system library to install on every machine.
 
 What is on the list is what Python, its standard library and numpy use. What is not answers EPERM, or ENOSYS where the
 C library then falls back to an older call. So there is no network (``socket``), no new namespace, no mount, no
-``ptrace``, no memory that escapes the limits (``memfd_create``, System V shared memory), no keyring, BPF, io_uring or
-performance counter. The numbers are the kernel's tables (unistd.h). The table of aarch64 is not yet run on one.
+``ptrace``, no memory that escapes the limits (``memfd_create``, System V shared memory, shared mappings of no file), no
+keyring, BPF, io_uring or performance counter. The numbers are the kernel's tables (unistd.h). The table of aarch64 is
+not yet run on one.
 """
 
 import errno
@@ -69,12 +70,14 @@ _NEW_NAMESPACES = 0x7E020000
 """The CLONE_NEW* flags of clone."""
 _TERMINAL_REQUESTS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """ioctl: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX."""
+_SHARED, _ANONYMOUS = 0x01, 0x20
+"""MAP_SHARED (which MAP_SHARED_VALIDATE includes), MAP_ANONYMOUS."""
 _FIRST_RECENT = 424
 """From here on the calls of all architectures have one numbering, and the C library knows to do without them."""
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _FAIL = 0x7FFF0000, 0x80000000, 0x00050000
-_NUMBER, _ARCHITECTURE, _ARGUMENT_0, _ARGUMENT_1 = 0, 4, 16, 24
+_NUMBER, _ARCHITECTURE, _ARGUMENT_0, _ARGUMENT_1, _ARGUMENT_3 = 0, 4, 16, 24, 40
 """Where struct seccomp_data holds them; of an argument the low half, on these little-endian machines."""
 
 Instruction = tuple[int, int, int, int]
@@ -101,6 +104,12 @@ def instructions(machine: str) -> list[Instruction]:
     guarded = {
         "clone": [(_LOAD, 0, 0, _ARGUMENT_0), (_ANY_BIT, 0, 1, _NEW_NAMESPACES), *_fails(errno.EPERM)],
         "prlimit64": [(_LOAD, 0, 0, _ARGUMENT_0), (_EQUAL, 1, 0, 0), *_fails(errno.EPERM)],  # of no other process
+        "mmap": [  # shared memory of no file would count in the limit of no process
+            (_LOAD, 0, 0, _ARGUMENT_3),
+            (_ANY_BIT, 0, 2, _ANONYMOUS),
+            (_ANY_BIT, 0, 1, _SHARED),
+            *_fails(errno.EPERM),
+        ],
         "ioctl": [
             (_LOAD, 0, 0, _ARGUMENT_1),
             *((_EQUAL, len(_TERMINAL_REQUESTS) - i, 0, request) for i, request in enumerate(_TERMINAL_REQUESTS)),
