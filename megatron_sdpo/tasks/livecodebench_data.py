@@ -11,9 +11,8 @@ A problem with a ``function`` has one JSON value a line in each input, one in ea
 
 import base64
 import datetime
-import io
 import json
-import pickle
+import pickletools
 import random
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from megatron_sdpo.config import ConfigError
+from megatron_sdpo.tasks.rows import RowError, read_rows
 
 FILE = "problems.jsonl"
 """The task file in a folder."""
@@ -110,8 +110,18 @@ def half_of_tests(problem: Problem) -> tuple[int, ...]:
 
 
 def convert(path: Path, first: datetime.date | None = None, before: datetime.date | None = None) -> Iterator[Problem]:
-    """The problems of a copy of LiveCodeBench (JSON lines), of contests from ``first`` on and ``before`` a day."""
-    for problem in _lines(path, lambda line: _checked(problem_of_row(msgspec.json.decode(line, type=dict[str, Any])))):
+    """The problems of a copy of LiveCodeBench, of contests from ``first`` on and ``before`` a day.
+
+    The copy is a file of JSON lines, as it is published, or one that rows.py reads (parquet, arrow).
+    """
+    rows = read_rows([path])
+    if not len(rows):
+        raise ConfigError(f"{path} is empty; name a file of LiveCodeBench")
+    for place in range(len(rows)):
+        try:
+            problem = _checked(problem_of_row(rows[place]))
+        except (ConfigError, RowError) as error:
+            raise ConfigError(f"{rows.where(place)}: {error}") from error
         day = datetime.date.fromisoformat(problem.date)
         if (first is None or first <= day) and (before is None or day < before):
             yield problem
@@ -129,17 +139,28 @@ def problem_of_row(row: dict[str, Any]) -> Problem:
             function=function,
             starter_code=row["starter_code"] or "",
             difficulty=str(row.get("difficulty") or ""),
-            date=datetime.datetime.fromisoformat(row["contest_date"]).date().isoformat(),
+            date=datetime.datetime.fromisoformat(str(row["contest_date"])).date().isoformat(),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, pickle.UnpicklingError, zlib.error) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, zlib.error) as error:
         raise ConfigError(f"not a row of LiveCodeBench: {type(error).__name__}: {error}") from error
 
 
-class _OnlyText(pickle.Unpickler):
-    """A pickle of LiveCodeBench holds one string; anything that would call something is refused."""
+_TEXTS = ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
+_AROUND = ("PROTO", "FRAME", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "STOP")
+"""Instructions of a pickle that holds one text: those that make it, and those that mean nothing beside it."""
 
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
+
+def _pickled_text(data: bytes) -> str:
+    """The one text in a pickle, whose instructions are read and not carried out; ValueError for any other pickle."""
+    texts: list[str] = []
+    for instruction, argument, _ in pickletools.genops(data):
+        if instruction.name in _TEXTS and not texts:
+            texts.append(str(argument))
+        elif instruction.name not in _AROUND:
+            raise ValueError(f"its pickle is not one text: it goes on with {instruction.name}")
+    if not texts:
+        raise ValueError("its pickle is empty")
+    return texts[0]
 
 
 def _tests(text: str) -> tuple[Case, ...]:
@@ -148,5 +169,5 @@ def _tests(text: str) -> tuple[Case, ...]:
         cases = json.loads(text)
     except ValueError:
         packed = zlib.decompress(base64.b64decode(text, validate=True))
-        cases = json.loads(_OnlyText(io.BytesIO(packed)).load())
+        cases = json.loads(_pickled_text(packed))
     return tuple(Case(case["input"], case["output"]) for case in cases)
