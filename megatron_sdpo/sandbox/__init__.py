@@ -36,7 +36,7 @@ around it can only change what it answers.
 """
 
 from megatron_sdpo.config.sandbox import Limits, SandboxConfig
-from megatron_sdpo.sandbox.lending import check_sandbox, lent, open_sandbox
+from megatron_sdpo.sandbox.lending import check_sandbox, lent, open_sandbox, say_uneven_workers
 from megatron_sdpo.sandbox.pool import LocalSandbox
 from megatron_sdpo.sandbox.records import Outcome, OutcomeKind, Program, Sandbox, SandboxError
 from megatron_sdpo.sandbox.remote import RemoteSandbox
@@ -56,4 +56,5 @@ __all__ = [
     "check_sandbox",
     "lent",
     "open_sandbox",
+    "say_uneven_workers",
 ]
