@@ -53,7 +53,7 @@ def engines(count: int, tensor_parallel: int = 1) -> EngineConfig:
 
 
 JUDGES = 16
-"""Threads that judge programs, and sandboxes in which these run; a small part of the cores of a node with eight GPUs."""
+"""Threads that judge programs, and sandboxes in which these run: a small part of the cores of a node of eight GPUs."""
 
 
 def sandbox() -> SandboxConfig:
