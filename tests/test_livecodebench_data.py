@@ -16,7 +16,7 @@ from megatron_sdpo.config import ConfigError
 from megatron_sdpo.tasks import load_task
 from megatron_sdpo.tasks.livecodebench import LiveCodeBench
 from megatron_sdpo.tasks.livecodebench_data import Case, read_problems
-from tests.livecodebench_setup import SUM, packed, published_problem, write
+from tests.livecodebench_setup import PAIR, SUM, packed, published_problem, write
 
 
 def copy_of(folder: Path, *rows: dict) -> Path:
@@ -156,3 +156,19 @@ def test_options_that_name_nothing_are_refused(tmp_path: Path) -> None:
         LiveCodeBench(data=str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="option 'train_tests'"):
         load_task("livecodebench", data=write(tmp_path, SUM), train_tests="quarter")
+
+
+def test_bad_lines_are_named_counted_and_left_out_up_to_a_share(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = Path(write(tmp_path, SUM, PAIR))
+    path.write_bytes(b"{\n" + path.read_bytes() + b'{"id": "sum", "question": "q", "tests": []}\n')
+    with pytest.raises(ConfigError, match=r"problems\.jsonl, line 1: .*\(2 of 4 rows are malformed"):
+        LiveCodeBench(data=str(tmp_path), max_malformed_share=0.4)
+    task = LiveCodeBench(data=str(tmp_path), max_malformed_share=0.5)
+    assert [q.id for q in task.eval_questions()] == ["whole/sum", "whole/pair"]
+    first, second, counted = caplog.messages
+    assert "line 1: " in first and "line 4: the problem 'sum' has no tests" in second
+    assert counted == "2 of 4 rows are malformed and left out"
+    with pytest.raises(ConfigError, match="max_malformed_share is 1; set it"):
+        LiveCodeBench(data=str(tmp_path), max_malformed_share=1.0)

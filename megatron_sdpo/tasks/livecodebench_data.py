@@ -15,13 +15,14 @@ import json
 import pickletools
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from megatron_sdpo.config import ConfigError
+from megatron_sdpo.tasks.dataset import judge_malformed
 from megatron_sdpo.tasks.rows import RowError, read_rows
 
 FILE = "problems.jsonl"
@@ -50,36 +51,40 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     memory_bytes: int | None = None
 
 
-def read_problems(path: str | Path) -> tuple[Problem, ...]:
-    """All problems of a task file, or of a folder's ``problems.jsonl``; a bad line raises ConfigError."""
+def read_problems(path: str | Path, max_malformed_share: float = 0.0) -> tuple[Problem, ...]:
+    """The problems of a task file, or of a folder's ``problems.jsonl``.
+
+    Bad lines are named in the log and left out; more than ``max_malformed_share`` of the lines raise ConfigError.
+    """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     problems: dict[str, Problem] = {}
-    for problem in _lines(path, lambda line: _checked(msgspec.json.decode(line, type=Problem))):
-        if problem.id in problems:
-            raise ConfigError(f"{path} has the problem {problem.id!r} twice; remove one")
-        problems[problem.id] = problem
+    malformed: list[str] = []
+    lines = 0
+    for number, line in _lines(path):
+        lines += 1
+        try:
+            problem = _checked(msgspec.json.decode(line, type=Problem))
+            if problem.id in problems:
+                raise ConfigError(f"the problem {problem.id!r} is there twice")
+            problems[problem.id] = problem
+        except (ConfigError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            malformed.append(f"{path}, line {number}: {error}")
+    if not lines:
+        raise ConfigError(f"the problems file {path} is empty; make it with tools/prepare_data.py")
+    judge_malformed(malformed, lines, max_malformed_share)
     return tuple(problems.values())
 
 
-T = TypeVar("T")
-
-
-def _lines(path: Path, read: Callable[[bytes], T]) -> Iterator[T]:
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number and text of each line that is not empty."""
     try:
         with path.open("rb") as file:
-            lines = 0
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    try:
-                        yield read(line)
-                    except (ConfigError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-                        raise ConfigError(f"{path}, line {number}: {error}") from error
-                    lines += 1
+                    yield number, line
     except OSError as error:
         raise ConfigError(f"cannot read the problems file {path}: {error.strerror}") from error
-    if not lines:
-        raise ConfigError(f"the problems file {path} is empty; make it with tools/prepare_livecodebench.py")
 
 
 def _checked(problem: Problem) -> Problem:
