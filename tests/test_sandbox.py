@@ -128,6 +128,7 @@ def test_ends_by_code_and_by_signal(sandbox: LocalSandbox) -> None:
         ("class Solution:\n    def f(self, a: int, b: int) -> List[int]: return (a, [b])", b"[1, [2]]"),
         ("import numpy as np\ndef f(a, b): return {'x': np.int64(a), 'y': np.array([b])}", b'{"x": 1, "y": [2]}'),
         ("def f(a, b):\n    print('words')\n    return heappop([b]) + gcd(a, 1)", b"3"),
+        ("def f(a, b): return mode([b, b, a]) + Counter([a])[a] if isqrt(4) == b else 0", b"3"),
         ("def f(a, b): return {1, 2}", None),
         ("def f(a, b): import os; os._exit(0)", None),
     ],

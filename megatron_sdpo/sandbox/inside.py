@@ -32,8 +32,8 @@ import types
 import typing
 
 NAMES = (
-    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "itertools"),
-    *("functools", "operator", "io", "sys", "json", "builtins", "typing"),
+    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics"),
+    *("itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing"),
 )
 PRELUDE: dict[str, typing.Any] = {}
 """The names that LiveCodeBench gives to every program; loaded before a program comes."""
