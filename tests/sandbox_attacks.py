@@ -71,7 +71,8 @@ ATTACKS = (
     Attack(
         "memory of processes that are each just below the limit",
         ("memory_limit",),
-        "import os, time\nfor _ in range(4):\n    if os.fork() == 0:\n        kept = []\n"
+        "import ctypes, os, time\nfor _ in range(4):\n    if os.fork() == 0:\n"
+        "        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # not dumpable\n        kept = []\n"
         "        for _ in range(20):\n            kept.append(b'x' * 10**7)\n            time.sleep(0.02)\n"
         "        time.sleep(3)\n        os._exit(0)\ntime.sleep(6)",
     ),
