@@ -84,6 +84,15 @@ ATTACKS = (
         error="PermissionError",
     ),
     Attack(
+        "memory of the kernel, in sockets that are not read",
+        ("memory_limit",),
+        "import os, socket, time\nfor _ in range(8):\n    pid = os.fork()\n    if pid == 0: break\nkept = []\n"
+        "for _ in range(50):\n    kept += socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
+        "    for end in kept[-2:]:\n        end.setblocking(False)\n        try:\n            while True: end.send(b'x' * 100_000)\n"
+        "        except OSError: pass\n"
+        "    time.sleep(0.005)\ntime.sleep(5)",
+    ),
+    Attack(
         "disk fill",
         ("runtime_error",),
         "with open('/tmp/big', 'wb') as f:\n    for _ in range(64):\n        f.write(bytes(10**6))",

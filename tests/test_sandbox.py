@@ -138,6 +138,24 @@ def test_a_function_is_called(sandbox: LocalSandbox, source: str, result: bytes 
     assert (outcome.kind, outcome.result) == ("ok", result)
 
 
+def test_an_event_loop_and_processes_with_pipes_run(sandbox: LocalSandbox) -> None:
+    """What is counted and filtered for the sake of the limits is there for those who use it a little."""
+    source = """
+import asyncio, multiprocessing, subprocess, sys
+async def add(a, b):
+    await asyncio.sleep(0)
+    return a + b
+ours, theirs = multiprocessing.Pipe()
+process = multiprocessing.get_context("fork").Process(target=lambda: theirs.send(ours is not None))
+process.start()
+done = subprocess.run([sys.executable, "-c", "print(2)"], capture_output=True, text=True)
+print(asyncio.run(add(1, 2)), ours.recv(), done.stdout.strip())
+process.join()
+"""
+    outcome = one(sandbox, source, cpu_s=5.0)
+    assert (outcome.kind, outcome.stdout, outcome.error) == ("ok", b"3 True 2\n", "")
+
+
 def test_long_input_and_output_go_through(sandbox: LocalSandbox) -> None:
     data = b"".join(b"%d\n" % i for i in range(100_000))
     program = Program("import sys\nprint(sys.stdin.read(), end='')", (data, data), limits=SMALL)

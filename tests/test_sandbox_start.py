@@ -147,7 +147,9 @@ def test_the_filter_lets_through_what_is_on_the_list_and_nothing_else(machine: s
         assert _decide(machine, calls["mmap"], (0, 4096, 3, flags)) == answer  # shared memory of no file
     assert _decide(machine, calls["read"] | 1 << 30) != allow
     assert _decide(machine, calls["read"], architecture=0x40000003) == 0x80000000
-    assert {"socket", "connect", "ptrace", "mount", "unshare", "setns", "bpf", "memfd_create"}.isdisjoint(calls)
+    assert {"socket", "connect", "ptrace", "mount", "unshare", "setns", "bpf", "memfd_create", "setsockopt"}.isdisjoint(
+        calls
+    )
 
 
 def test_a_machine_without_a_table_of_calls_is_refused() -> None:

@@ -20,9 +20,9 @@ system and an empty ``/tmp``. Of the ``Limits``,
 * processor time: RLIMIT_CPU for each process; of all together, looked at every 20 ms, and exactly at the end;
 * clock: by the first process inside, and 10 s later by the side outside;
 * memory: RLIMIT_AS for each process; that of all together is looked at every 20 ms, swapped out or not. Memory that
-  belongs to no process cannot be had: no shared mapping but of files, no memfd, no System V segments. No control group
-  is used, so that between two looks memory_bytes * processes is the firm bound, and what the kernel buffers for pipes
-  and socket pairs (128 descriptors a process, about 200 KiB each) is not counted;
+  belongs to no process cannot be had: no shared mapping but of files, no memfd, no System V segments; sockets count as
+  if they were full, and what pipes hold the kernel bounds for each user (64 MB). No control group is used, so that
+  between two looks memory_bytes * processes is the firm bound;
 * processes and threads: RLIMIT_NPROC, counted in the sandbox's own user namespace (Linux 5.14 or newer);
 * files: the size of ``/tmp``, RLIMIT_FSIZE, and 2000 files;
 * output: what is beyond the limit is not read, and the program is killed.

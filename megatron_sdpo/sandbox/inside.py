@@ -255,7 +255,7 @@ class Watched:
         if now - self.looked < WATCH_S:
             return None
         self.looked = now
-        cpu, memory = usage(self.child)
+        cpu, memory = usage(self.child, self.limits["socket_bytes"])
         if cpu > self.limits["cpu_s"]:
             return "cpu"
         if memory > self.limits["memory_bytes"]:
@@ -267,12 +267,13 @@ class Watched:
         return None
 
 
-def usage(child: int) -> tuple[float, int]:
+def usage(child: int, socket_bytes: int) -> tuple[float, int]:
     """Processor seconds of all processes of the program, and bytes of memory that is theirs alone, swapped out or not.
 
-    Memory that several hold needs no count: seccomp.py lets them share none but files of the limited folder.
+    Memory that several hold needs no count: seccomp.py lets them share none but files of the limited folder. Sockets
+    count as if they were full.
     """
-    cpu = memory = 0
+    cpu, memory = 0, sockets() * socket_bytes // 1024
     for name in os.listdir("/proc") if CONTAINED else [str(child)]:
         if not name.isdigit() or name == "1":
             continue
@@ -286,6 +287,14 @@ def usage(child: int) -> tuple[float, int]:
         cpu += sum(map(int, fields[11:15]))
         memory += sum(map(int, sizes))
     return cpu / TICKS, memory * 1024
+
+
+def sockets() -> int:
+    """Those of the sandbox's own network namespace, whoever holds them: pairs, as the filter lets no others be made."""
+    if not CONTAINED:
+        return 0
+    with open("/proc/self/net/unix", "rb") as file:
+        return len(file.readlines()) - 1
 
 
 def attend(watched: Watched, feed_to: int, feed: memoryview, outputs: dict[int, bytearray]) -> str | None:
