@@ -15,7 +15,7 @@ from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.rollout.fleet import check_ports
 from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.rollout.prompts import PromptStream, check_lengths
-from megatron_sdpo.sandbox import check_sandbox
+from megatron_sdpo.sandbox import check_sandbox, say_uneven_workers
 from megatron_sdpo.tasks import load_task
 from megatron_sdpo.teacher_context import check_templates
 
@@ -35,6 +35,7 @@ def check_run(config: Config, must_evaluate: bool = False) -> None:
     task = load_task(config.task.name, **config.task.options)
     if config.debug.from_journal is None:
         check_sandbox(task, config.sandbox)
+        say_uneven_workers(task, config.sandbox, config.rollout.verify_workers)
     if not must_evaluate:
         PromptStream(task.train_questions(), config.rollout.prompts_per_step, config.seed)
     if not task.eval_questions() and (must_evaluate or config.evaluation.every):
