@@ -77,6 +77,13 @@ def test_overrides_read_plain_words() -> None:
     assert BASE.task.options == {}
 
 
+def test_a_choice_may_be_called_none() -> None:
+    full = apply_overrides(BASE, ["layout.recompute=full"])
+    assert apply_overrides(full, ["layout.recompute=none"]).layout.recompute == "none"
+    with pytest.raises(ConfigError, match="must be a whole number"):
+        apply_overrides(full, ["steps=none"])
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
