@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TOKEN = "a-test-token"
 MARK = "MEGATRON_SDPO_TEST_SESSION"
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its workers, where torch compiles, outlive their use
 
 
 @dataclass(frozen=True, slots=True)

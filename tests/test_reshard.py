@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_sdpo.mcore import names
 from megatron_sdpo.reshard.digest import checksum, describe, digest
+from megatron_sdpo.reshard.host import HostCopies
 from megatron_sdpo.reshard.plan import Bucket, plan
 from megatron_sdpo.reshard.publish import probe_ids
 from megatron_sdpo.reshard.transport import own_address
@@ -193,3 +194,38 @@ def test_a_sender_listens_where_its_engines_reach_it() -> None:
     assert own_address("http://localhost:31000") in ("127.0.0.1", "::1")
     with pytest.raises(ValueError, match="names no host"):
         own_address("31000")
+
+
+# --- the copies ---
+
+
+ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+def test_copies_are_kept_and_their_memory_is_used_again(device: str) -> None:
+    made = torch.Generator().manual_seed(0)
+    shapes = {"a": (3, 5), "b": (7,), "c": (2, 128)}
+    kinds = {"a": torch.bfloat16, "b": torch.float32, "c": torch.float8_e4m3fn}
+
+    def bucket() -> list[tuple[str, Tensor]]:
+        return [(n, torch.randn(shapes[n], generator=made).to(kinds[n]).to(device)) for n in shapes]
+
+    def same(copies: list[tuple[str, Tensor]], pairs: list[tuple[str, Tensor]]) -> bool:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        bits = [[(n, t.cpu().reshape(-1).view(torch.uint8).tolist()) for n, t in side] for side in (copies, pairs)]
+        return bits[0] == bits[1] and [t.shape for _, t in copies] == [t.shape for _, t in pairs]
+
+    host = HostCopies()
+    versions = [[bucket(), bucket()[:2]] for _ in range(3)]
+    kept = [[host.copy(v % 2, i, pairs) for i, pairs in enumerate(buckets)] for v, buckets in enumerate(versions[:2])]
+    places = [[t.data_ptr() for _, t in copies] for copies in kept[0]]
+    assert all(same(c, p) for v in (0, 1) for c, p in zip(kept[v], versions[v], strict=True))
+    again = [host.copy(0, i, pairs) for i, pairs in enumerate(versions[2])]
+    assert [[t.data_ptr() for _, t in copies] for copies in again] == places
+    assert all(same(c, p) for c, p in zip(again, versions[2], strict=True))
+    assert all(same(c, p) for c, p in zip(kept[1], versions[1], strict=True)), "the other set is as it was"
+    assert all(t.is_pinned() for _, t in again[0]) == (device == "cuda")
+    wider = [(name, torch.cat([t, t])) for name, t in versions[0][1]]  # engines in FP8 or not, a changed layout
+    assert same(host.copy(0, 1, wider), wider) and same(again[0], versions[2][0])

@@ -73,7 +73,7 @@ def _literal(text: str) -> Any:
 
 
 def _read(key: str, value: Any, text: str, kind: Any) -> Any:
-    """The value of an override, or its text where that is wanted and looked like JSON: name=7, layout.recompute=none."""
+    """The value of an override, or its text where that fits and looked like JSON: name=7, layout.recompute=none."""
     try:
         return _convert(key, value, kind)
     except ConfigError:

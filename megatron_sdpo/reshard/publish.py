@@ -24,6 +24,7 @@ from megatron_sdpo.reshard.background import background
 from megatron_sdpo.reshard.digest import describe, digest
 from megatron_sdpo.reshard.gather import gather, is_sender
 from megatron_sdpo.reshard.handles import HandleTransport
+from megatron_sdpo.reshard.host import HostCopies
 from megatron_sdpo.reshard.plan import plan
 from megatron_sdpo.reshard.transport import StageTransport
 from megatron_sdpo.rollout.control import EngineControl, EngineError
@@ -60,6 +61,8 @@ class Version:
     """``"7-705bea216cbd0425"``: number and digest of all tensors."""
     buckets: list[Tensors]
     """On the host; empty on ranks that do not send."""
+    copies: int
+    """The set of copies (host.py) that they lie in."""
     probe_log_probs: list[float]
 
 
@@ -68,8 +71,9 @@ class Publisher:
 
     ``own`` gives the rank's parameters under canonical local names; ``probe_log_probs`` the trainer's log-probs of
     the probe (on every rank). Engines are controlled by the senders alone. A sender holds its stage's tensors on the
-    host once, for the way back, and while it publishes once more. With a ``fleet`` the engines may change from version
-    to version: those that it has are sent to, and one that is gone in the middle is left out while others are there.
+    host twice: of this version, and of the one before for the way back. With a ``fleet`` the engines may change from
+    version to version: those that it has are sent to, and one that is gone in the middle is left out while others are
+    there.
     ``encoded`` makes of a bucket what FP8 engines load (quantize.py), where it is gathered.
     """
 
@@ -94,6 +98,7 @@ class Publisher:
         self.encoded: Callable[[Tensors], Tensors] = encoded or (lambda pairs: pairs)
         self.probe = probe_ids(hf_config["vocab_size"], config.probe_tokens)
         self.release_memory = release_memory
+        self.copies = HostCopies()
         self.transport: StageTransport | HandleTransport | None = None
         self.served: Version | None = None
         """What the fleet last confirmed."""
@@ -111,12 +116,13 @@ class Publisher:
         started = time.perf_counter()
         self._resume()
         self._find_engines()
-        buckets, lines, failure = self._gather_all()
+        copies = 0 if self.served is None else 1 - self.served.copies
+        buckets, lines, failure = self._gather_all(copies)
         failure = self._first(failure)
         if failure is not None:
             raise PublishError(f"version {version} was not published: {failure}; {self._untouched()}")
         stamp = f"{version}-{digest(line for part in self._share(lines) for line in part)}"
-        new = Version(version, stamp, buckets, self.probe_log_probs(self.probe))
+        new = Version(version, stamp, buckets, copies, self.probe_log_probs(self.probe))
         probe_gap, failure = self._deliver(new)
         while failure is not None and self._leave_out_who_is_gone():
             probe_gap, failure = self._deliver(new)
@@ -206,7 +212,7 @@ class Publisher:
         self.close()
         self.engines = [self.fleet.control(address) for address in addresses]
 
-    def _gather_all(self) -> tuple[list[Tensors], list[str], str | None]:
+    def _gather_all(self, copies: int) -> tuple[list[Tensors], list[str], str | None]:
         """This sender's buckets on the host, described; non-finite weights are a failure before anything is sent.
 
         Every rank goes through every bucket of its stage whatever happens, so that no collective waits for ever.
@@ -223,8 +229,10 @@ class Publisher:
                 failure = failure or f"{broken[0]} holds values that are not finite"
             pairs = self.encoded(pairs)
             lines += [describe(name, tensor) for name, tensor in pairs]
-            # A copy: the parameters move on with the next optimizer step, the previous version must not.
-            outgoing.append([(name, tensor.to("cpu", copy=True)) for name, tensor in pairs])
+            # Copies: the parameters move on with the next optimizer step, the previous version must not.
+            outgoing.append(self.copies.copy(copies, len(outgoing), pairs))
+        if next(iter(self.own.values())).is_cuda:
+            torch.cuda.synchronize()
         return outgoing, lines, failure
 
     def _deliver(self, version: Version) -> tuple[float, str | None]:
