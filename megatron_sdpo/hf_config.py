@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from megatron_sdpo import fp8_format
 from megatron_sdpo.config import Config, ConfigError, read_json
 
 _FAMILIES = {
@@ -26,6 +27,7 @@ _NEEDED_OF_FAMILY: dict[str, tuple[str, ...]] = {  # whose default is not what a
 _READ = {
     *(*_NEEDED, "architectures", "model_type", "head_dim", "num_key_value_heads", "tie_word_embeddings"),
     *("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window", "layer_types"),
+    fp8_format.KEY,
 }
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _ONLY = {
@@ -46,10 +48,11 @@ _NEUTRAL = {  # keys that do not change what the model computes
 }
 
 
-def read_hf_config(path: str | Path) -> dict[str, Any]:
+def read_hf_config(path: str | Path, fp8: bool = False) -> dict[str, Any]:
     """A checkpoint's config.json with its defaults filled in (``head_dim``, ``num_key_value_heads``,
     ``tie_word_embeddings``) and its rotary embedding under ``rope_theta`` and ``rope_scaling`` (None, or all numbers of
     Llama 3), however it was spelled; ConfigError names an architecture, key or value that is not supported here.
+    A checkpoint in block FP8 is refused too, but where ``fp8`` says that engines alone read it.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
@@ -65,6 +68,8 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
             raise ConfigError(f"{file} says num_experts and num_local_experts, which differ; remove one of them")
     _check_family(hf, file)
     _check_values(hf, file)
+    if hf.get(fp8_format.KEY) is not None:
+        fp8_format.check_readable(hf[fp8_format.KEY], file, fp8)
     heads = hf["num_attention_heads"]
     defaults = {
         "head_dim": hf["hidden_size"] // heads,
@@ -151,7 +156,7 @@ def _rotary(hf: dict[str, Any], file: Path) -> dict[str, Any]:
     return {"rope_theta": bases.pop() if bases else 10000.0, "rope_scaling": scaling}
 
 
-def read_model_config(config: Config) -> dict[str, Any]:
+def read_model_config(config: Config, fp8: bool = False) -> dict[str, Any]:
     """``read_hf_config`` of a run's model; a missing model or tokenizer is refused."""
     folder = Path(config.model.path)
     if not folder.is_dir():
@@ -161,7 +166,7 @@ def read_model_config(config: Config) -> dict[str, Any]:
             raise ConfigError(f"model.path {folder} has no {name} ({what}); set model.path to a complete checkpoint")
     if not list(folder.glob("*.safetensors")):
         raise ConfigError(f"model.path {folder} has no *.safetensors file; set model.path to a complete checkpoint")
-    return read_hf_config(folder)
+    return read_hf_config(folder, fp8)
 
 
 def check_model(config: Config, model: dict[str, Any]) -> None:
@@ -188,6 +193,7 @@ def check_model(config: Config, model: dict[str, Any]) -> None:
     _check_experts_layout(config, model)
     _check_recompute(config, model)
     _check_fp8(config, model)
+    fp8_format.check_engines(config, model)
     objective = config.objective
     keeps_tokens = objective.has_teacher and objective.support == "top_k"
     if keeps_tokens and objective.kept_tokens >= model["vocab_size"]:
@@ -249,15 +255,14 @@ def _check_recompute(config: Config, model: dict[str, Any]) -> None:
 def _check_fp8(config: Config, model: dict[str, Any]) -> None:
     """Refuse weights whose shards the blocks do not divide: scales would then be of other blocks than an engine's."""
     fp8, layout = config.fp8, config.layout
-    if not fp8.kinds:
-        return
     layers = model["num_hidden_layers"] // (layout.pipeline_parallel * layout.virtual_pipeline)
-    if 2 * fp8.high_precision_layers >= model["num_hidden_layers"] or fp8.high_precision_layers > layers:
+    beyond_stage = bool(fp8.kinds) and fp8.high_precision_layers > layers
+    if 2 * fp8.high_precision_layers >= model["num_hidden_layers"] or beyond_stage:
         raise ConfigError(
             f"fp8.high_precision_layers {fp8.high_precision_layers} at each end leave none of the model's"
             f" {model['num_hidden_layers']} layers for FP8, or are more than a stage's {layers}; lower it"
         )
-    unit = {"blockwise": 128, "tensorwise": 16}.get(fp8.kinds[0])
+    unit = {"blockwise": fp8_format.BLOCK, "tensorwise": 16}.get(fp8.kinds[0]) if fp8.kinds else None
     if unit is None:  # an emulated block may be smaller
         return
     heads, tp = model["num_attention_heads"], layout.tensor_parallel

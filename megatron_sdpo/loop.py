@@ -103,6 +103,7 @@ def train(
         with phases("step"):
             with phases("wait"):
                 batch = source.batch(learner.step)
+                publisher.release()  # engines on the trainer's own GPUs make room
             with phases("score_student"):
                 student = learner.score_student(batch)
             with phases("score_teacher"):

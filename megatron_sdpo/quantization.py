@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_sdpo import fp8_format
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-BLOCK = 128
+BLOCK = fp8_format.BLOCK
 CODES = torch.float8_e4m3fn
 LARGEST = 448.0
 """Of E4M3."""

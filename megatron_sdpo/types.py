@@ -202,6 +202,11 @@ class WeightsPublisher(Protocol):
         """All ranks call this; what was measured."""
         ...
 
+    def release(self) -> None:
+        """Until the next version nothing is sampled: whoever samples on the trainer's own GPUs may make room there.
+        All ranks call this."""
+        ...
+
     def close(self) -> None: ...
 
 

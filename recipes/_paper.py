@@ -14,6 +14,7 @@ from megatron_sdpo.config import (
     OptimConfig,
     PublishConfig,
     RolloutConfig,
+    SandboxConfig,
     TaskConfig,
     TeacherConfig,
     TeacherContextConfig,
@@ -49,6 +50,15 @@ def livecodebench() -> TaskConfig:
 def engines(count: int, tensor_parallel: int = 1) -> EngineConfig:
     """A big model takes its time to load."""
     return EngineConfig(count=count, tensor_parallel=tensor_parallel, start_timeout_s=1800.0, request_timeout_s=1800.0)
+
+
+JUDGES = 16
+"""Threads that judge programs, and sandboxes in which these run: a small part of the cores of a node of eight GPUs."""
+
+
+def sandbox() -> SandboxConfig:
+    """As many as judge."""
+    return SandboxConfig(workers=JUDGES, warm=JUDGES)
 
 
 def rollout(verify_workers: int = 2) -> RolloutConfig:

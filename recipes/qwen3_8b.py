@@ -10,7 +10,7 @@ generation batches (code); a recipe makes as many batches and evaluates every fi
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_sdpo.config import Config, LayoutConfig, ObjectiveConfig, OptimConfig, TaskConfig
+from megatron_sdpo.config import Config, LayoutConfig, ObjectiveConfig, OptimConfig, SandboxConfig, TaskConfig
 from recipes import _paper as paper
 
 
@@ -21,6 +21,8 @@ class Setting:
     task: TaskConfig
     steps: int
     feedback: bool
+    programs: bool
+    """Answers are executed."""
     update_rate: float
     alpha: float
     top_k: int
@@ -36,6 +38,7 @@ def _plain(task: TaskConfig) -> Setting:
         task=task,
         steps=250,
         feedback=False,
+        programs=False,
         update_rate=0.05,
         alpha=0.5,
         top_k=100,
@@ -57,6 +60,7 @@ SETTINGS = {
         task=paper.livecodebench(),
         steps=90,
         feedback=True,
+        programs=True,
         update_rate=0.01,
         alpha=1.0,
         top_k=20,
@@ -110,7 +114,8 @@ def _config(name: str, setting: Setting, objective: ObjectiveConfig, optim: Opti
             tokens_per_micro_batch=8192,
         ),
         engine=paper.engines(8),
-        rollout=paper.rollout(verify_workers=16 if setting.feedback else 2),
+        rollout=paper.rollout(verify_workers=paper.JUDGES) if setting.programs else paper.rollout(),
+        sandbox=paper.sandbox() if setting.programs else SandboxConfig(),
         teacher_context=paper.teacher_context(setting.feedback),
         teacher=paper.teacher(setting.update_rate),
         objective=objective,

@@ -29,7 +29,7 @@ from megatron_sdpo.mcore.model import build_model
 from megatron_sdpo.reshard.gather import gather, is_sender
 from megatron_sdpo.reshard.plan import plan
 from megatron_sdpo.reshard.publish import Publisher, PublishError
-from megatron_sdpo.reshard.transport import LEAVE_S
+from megatron_sdpo.reshard.transport import LEAVE_S, StageTransport
 from megatron_sdpo.rollout.control import EngineControl, EngineError
 from megatron_sdpo.types import EngineAddress
 from tests.dist_learner import parse
@@ -54,14 +54,23 @@ class Ranks:
         """The trainer's weights become those of a checkpoint, in place, as an optimizer changes them."""
         load_hf(self.learner.model, self.setup["checkpoints"][name], self.groups, self.layout)
 
-    def publisher(self, **settings: Any) -> Publisher:
+    def publisher(self, release_memory: bool = False, **settings: Any) -> Publisher:
         """A new one, with new controls, whose timeout is the configuration's as in a real trainer."""
         own = canonical_parameters(self.learner.model, self.groups)
         config = replace(PublishConfig(timeout_s=30.0), **settings)
         known = zip_longest(self.setup["engines"], self.setup["leaders"])
         self.engines = [FaultyControl(a, self.setup["token"], config.timeout_s, leader) for a, leader in known]
         probe = self.learner.log_probs
-        return Publisher(config, self.learner.hf_config, self.groups, own, self.engines, "127.0.0.1", probe)
+        return Publisher(
+            config,
+            self.learner.hf_config,
+            self.groups,
+            own,
+            self.engines,
+            "127.0.0.1",
+            probe,
+            release_memory=release_memory,
+        )
 
     def everywhere(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.groups.world_size
@@ -153,13 +162,59 @@ def versions(ranks: Ranks) -> None:
         stamps[version] = publisher.served.stamp
         ranks.assert_serves(stamps[version], name)
         assert (publisher.transport is not None) == is_sender(ranks.groups)
-        if version == 2 and publisher.transport is not None:
-            assert publisher.transport.name == group
-        group = publisher.transport.name if publisher.transport is not None else None
+        name_now = publisher.transport.name if isinstance(publisher.transport, StageTransport) else None
+        assert version != 2 or name_now == group
+        group = name_now
     publisher.close()
     ranks.assert_serves(stamps[3], "a")
     if ranks.groups.rank == 0:
         torch.save(stamps, ranks.out / "stamps.pt")
+
+
+def handles(ranks: Ranks) -> None:
+    """From shared memory, into engines that gave theirs back before; and what fails there."""
+    publisher = ranks.publisher(release_memory=True, backend="ipc", bucket_bytes=20_000)
+    stamps = []
+    for version, name in enumerate(("a", "b"), 1):
+        ranks.load(name)
+        metrics = publisher.publish(version)
+        assert metrics["sync/bytes"] == ranks.setup["bytes"] and metrics["sync/released_bytes"] == 0
+        assert 0 <= metrics["sync/probe_gap"] <= TOLERANCE
+        assert publisher.served is not None
+        stamps.append(publisher.served.stamp)
+        ranks.assert_serves(stamps[-1], name)
+        publisher.release()
+    ranks.load("a")
+    if _sends(ranks, -1 % ranks.groups.pipeline_size):
+        ranks.engines[0].fail("update_weights_from_tensor", nth=3)
+    said = ranks.refused(publisher, 3)
+    assert "refused on purpose" in said and said.endswith("; the fleet serves version 2 again"), said
+    ranks.assert_serves(stamps[1], "b")
+    publisher.publish(3)
+    if ranks.groups.rank == 0:
+        made = [
+            call for call in ranks.engines[0].made if call in ("release_memory", "resume_memory", "end_weight_update")
+        ]
+        once = ["release_memory", "resume_memory"]
+        assert made == ["end_weight_update", *once, "end_weight_update", *once, *["end_weight_update"] * 2], made
+        assert "update_weights_from_distributed" not in ranks.engines[0].made
+    ranks.disarm()
+    for call, words in (
+        ("release_memory", "did not give its memory back"),
+        ("resume_memory", "did not get its memory"),
+    ):
+        if ranks.groups.rank == 0:
+            ranks.engines[0].fail(call, how="late")
+        try:
+            publisher.release()
+            publisher.publish(4)
+        except PublishError as error:
+            assert words in str(error) and "failed on purpose, late" in str(error), error
+        else:
+            raise AssertionError(f"{call} failed and nobody said so")
+        if ranks.groups.rank == 0 and call == "release_memory":
+            ranks.plain(0, 20.0).resume_memory()
+    publisher.close()
 
 
 BUCKET = "update_weights_from_distributed"
@@ -381,7 +436,10 @@ def _sends(ranks: Ranks, stage: int) -> bool:
     return is_sender(ranks.groups) and ranks.groups.pipeline_rank == stage
 
 
-SCENARIOS = (gathers, versions, faults, not_finite, no_way_back, hanging, dying, under_load, two_engines, left_out)
+SCENARIOS = (
+    *(gathers, versions, faults, not_finite, no_way_back, handles),
+    *(hanging, dying, under_load, two_engines, left_out),
+)
 
 
 def main() -> None:

@@ -45,3 +45,22 @@ def first_batch(learner: Learner) -> dict[str, list[float] | float]:
         "floor": metrics.get("precision/floor", -1.0),
         "probe": learner.log_probs([5, 6, 7, 8, 9]),
     }
+
+
+def write_published(path: Path, family: str, seed: int = 1, head_dim: int = 128, layers: int = 2) -> Path:
+    """A model that FP8 engines take, also on two tensor ranks: 4 heads, 256 MLP units, or as many of each expert."""
+    write_tiny_checkpoint(
+        path,
+        seed,
+        family,
+        104,
+        128,
+        layers,
+        heads=4,
+        kv_heads=4 if head_dim < 128 else 2,
+        head_dim=head_dim,
+        intermediate_size=256,
+        expert_size=256,
+        std=0.1,
+    )
+    return path

@@ -67,6 +67,7 @@ def test_nodes_without_gpus_hold_what_the_site_says() -> None:
         ([names(7)], ("engine.tensor_parallel=16",), r"engine\.tensor_parallel 16 is more than the 8 GPUs of a node"),
         ([names(7)], ("layout.world_size=36",), r"layout\.world_size 36 does not fill nodes of 8"),
         ([names(7)], ("debug.rollout_only=true",), r"debug\.rollout_only runs on one machine"),
+        ([names(7)], ("publish.backend=ipc",), r"publish\.backend=ipc is for engines on the trainer's own GPUs"),
     ],
 )
 def test_what_does_not_fill_the_nodes_is_refused(groups: list, overrides: tuple[str, ...], words: str) -> None:

@@ -77,6 +77,13 @@ def test_overrides_read_plain_words() -> None:
     assert BASE.task.options == {}
 
 
+def test_a_choice_may_be_called_none() -> None:
+    full = apply_overrides(BASE, ["layout.recompute=full"])
+    assert apply_overrides(full, ["layout.recompute=none"]).layout.recompute == "none"
+    with pytest.raises(ConfigError, match="must be a whole number"):
+        apply_overrides(full, ["steps=none"])
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -277,6 +284,8 @@ _TP2 = ("layout.tensor_parallel=2", "layout.world_size=2")
         (["guard.signal=accuracy", "evaluation.every=0"], "set evaluation.every to 1 or more"),
         (["guard.signal=both", "objective.kind=next_token"], "watches rewards, which kind next_token has not"),
         (["deterministic=true", "rollout.max_staleness=1"], "set rollout.max_staleness=0 or deterministic=false"),
+        (["engine.release_memory=true", "rollout.max_staleness=1"], "so they sample then; set rollout.max_staleness=0"),
+        (["engine.release_memory=true"], "publish.backend=auto does not reach; set publish.backend=ipc"),
         (["checkpoint.keep_every=15"], "checkpoint.keep_every 15 is not a multiple of checkpoint.every 10"),
         (["checkpoint.keep_every=0"], "checkpoint.keep_every is 0; it must be at least 1"),
         (["teacher_context.demonstration=random", "teacher_context.demonstrations=false"], "set the one to first"),

@@ -22,12 +22,15 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_sdpo import cli
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import LayoutConfig
+from megatron_sdpo.fp8_format import KEY, is_quantized, quantization_config, scale_name
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore import checkpoint, names
 from megatron_sdpo.mcore.groups import initialize, shutdown
 from megatron_sdpo.mcore.hf import HfCheckpoint, save_hf
 from megatron_sdpo.mcore.model import build_model
 from megatron_sdpo.mcore.safetensors_writer import SafetensorsWriter
+from megatron_sdpo.quantization import CODES, of_blocks
+from megatron_sdpo.reshard.quantize import quantized
 from tests.dist_checkpoint import differences
 from tests.launch import ROOT
 from tests.learner_setup import learn, make_batch, make_config, make_learner, write_models
@@ -132,6 +135,47 @@ def test_a_run_becomes_a_hugging_face_directory(
     assert differences(_weights(target), _weights(expected)) == []
     assert read_hf_config(target) == read_hf_config(expected)
     assert read_hf_config(target)["torch_dtype"] == "float32"
+
+
+@pytest.mark.parametrize("source", ["run", "llama", "qwen3_moe", "qwen3-tied", "bf16"])
+def test_either_becomes_a_directory_in_fp8(
+    folder: Path, run_dir: Path, tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The codes and scales that publishing sends, in a directory that safetensors and an engine can read."""
+    target = tmp_path / "new" / "in-fp8"
+    cli.main(["convert", "--fp8", str(folder / source), str(target)])
+    assert f"was written to {target} in Hugging Face format, FP8" in capsys.readouterr().out
+    plain = folder / "expected-2" if source == "run" else folder / source
+    hf_config, exact = read_hf_config(plain), _weights(plain)
+    sent, found = dict(quantized(hf_config, 0, list(exact.items()))), _weights(target)
+    assert differences(found, sent) == []
+    codes = [name for name, tensor in found.items() if tensor.dtype == CODES]
+    assert set(codes) == {name for name in exact if is_quantized(name, hf_config["num_hidden_layers"], 0)}
+    for name in codes:
+        back = of_blocks(found[name], found[scale_name(name)])
+        assert (back - exact[name].float()).abs().max() <= exact[name].float().abs().max() / 16, name
+    said = json.loads((target / "config.json").read_text())
+    assert said[KEY] == quantization_config(hf_config, 0)
+    assert read_hf_config(target, fp8=True) == {**hf_config, KEY: said[KEY]}
+    assert {p.name for p in target.iterdir()} == {p.name for p in plain.iterdir()}
+    words = _refused(capsys, target, tmp_path / "again")
+    assert "is of a checkpoint in FP8, which engines alone can use" in words
+
+
+def test_layers_can_stay_out_of_fp8(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = folder / "qwen3-tied"
+    cli.main(["convert", "--fp8", "--high-precision-layers=1", str(source), str(tmp_path / "kept")])
+    layers = read_hf_config(source)["num_hidden_layers"]
+    kept = {name.split(".")[2] for name, tensor in _weights(tmp_path / "kept").items() if tensor.dtype == CODES}
+    assert kept == {str(layer) for layer in range(1, layers - 1)}
+    target = tmp_path / "target"
+    assert "2 layers at each end leave none of 4" in _refused(
+        capsys, "--fp8", f"--high-precision-layers={layers // 2}", source, target
+    )
+    assert "--high-precision-layers is about FP8; add --fp8" in _refused(
+        capsys, "--high-precision-layers=1", source, target
+    )
+    assert not target.exists()
 
 
 def test_a_killed_conversion_leaves_no_target(folder: Path, run_dir: Path, tmp_path: Path) -> None:

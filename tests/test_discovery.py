@@ -369,6 +369,9 @@ class Ranks:
     def update_teacher(self) -> None:
         self.called.append("teach")
 
+    def release(self) -> None:
+        self.called.append("release")
+
     def publish(self, version: int) -> dict[str, float]:
         self.sent.append(version)
         self.called.append(f"publish {version}")
@@ -380,10 +383,10 @@ def test_ranks_begin_each_trial_at_the_base_and_versions_only_grow() -> None:
     discover(ranks, cast(Any, ranks), cast(Any, ranks))
     assert ranks.called == [
         *("publish 0", "baselines", "baselines", "baselines"),
-        *("reset", "publish 1", "batch 1", "train 1", "teach", "trained", "publish 2", "batch 2"),
-        *("train 2", "teach", "trained", "publish 3", "batch 3"),
+        *("reset", "publish 1", "batch 1", "release", "train 1", "teach", "trained", "publish 2", "batch 2"),
+        *("release", "train 2", "teach", "trained", "publish 3", "batch 3"),
         *("reset", "publish 4", "batch 4"),
-        *("reset", "publish 7", "batch 7", "train 7", "teach", "trained", "publish 8", "batch 8"),
+        *("reset", "publish 7", "batch 7", "release", "train 7", "teach", "trained", "publish 8", "batch 8"),
     ]
     assert ranks.sent == sorted(set(ranks.sent))
 

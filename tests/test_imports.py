@@ -13,7 +13,13 @@ import megatron_sdpo
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "megatron_sdpo"
 FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "recipes").rglob("*.py")])
-LAUNCHERS = ("rollout/engine_main.py", "rollout/cpu_platform.py", "rollout/cpu_sampling.py", "rollout/router_main.py")
+LAUNCHERS = (
+    "rollout/engine_main.py",
+    "rollout/cpu_platform.py",
+    "rollout/cpu_sampling.py",
+    "rollout/cpu_fp8.py",
+    "rollout/router_main.py",
+)
 
 # vendor -> the only places that import it: files, or folders that end in "/", relative to the repository
 VENDORS = {
@@ -29,7 +35,7 @@ VENDORS = {
     "math_verify": ("megatron_sdpo/tasks/maths_worker.py",),
     "pyarrow": ("megatron_sdpo/tasks/rows.py",),
 }
-COORDINATOR = ("types", "config", "hf_config", "tasks", "sandbox", "chat", "rollout", "teacher_context")
+COORDINATOR = ("types", "config", "fp8_format", "hf_config", "tasks", "sandbox", "chat", "rollout", "teacher_context")
 
 
 def order() -> list[str]:

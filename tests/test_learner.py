@@ -314,6 +314,9 @@ class _Loop:
     def published(self, version: int) -> None:
         assert version == self.learner.step
 
+    def release(self) -> None:
+        pass
+
     def publish(self, version: int) -> dict[str, float]:
         return {"sync/version": version}
 

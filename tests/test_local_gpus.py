@@ -20,6 +20,9 @@ BASE = ("layout.tensor_parallel=2", "layout.world_size=4", "engine.count=2", "en
         (8, (), 4),
         (16, (), 4),
         (4, ("publish.backend=gloo",), 0),
+        (4, ("publish.backend=ipc",), 0),
+        (8, ("publish.backend=ipc",), 4),
+        (8, ("publish.backend=ipc", "engine.release_memory=true"), 0),
         (2, ("debug.rollout_only=true",), 0),
     ],
 )
@@ -28,12 +31,10 @@ def test_engines_follow_the_trainer(gpus: int, overrides: tuple[str, ...], first
     assert first_gpu_of_engines(config, gpus) == first
 
 
-@pytest.mark.parametrize(("gpus", "overrides"), [(7, ()), (4, ()), (3, ("publish.backend=gloo",))])
+@pytest.mark.parametrize(("gpus", "overrides"), [(7, ()), (4, ()), (3, ("publish.backend=ipc",))])
 def test_too_few_are_refused(gpus: int, overrides: tuple[str, ...]) -> None:
     config = apply_overrides(recipe("minipipe"), [*BASE, *overrides])
-    with pytest.raises(
-        ConfigError, match=rf"4 trainer rank.* 4 GPU.* more than the {gpus} GPU.* publish\.backend=gloo"
-    ):
+    with pytest.raises(ConfigError, match=rf"4 trainer rank.* 4 GPU.* more than the {gpus} GPU.* publish\.backend=ipc"):
         first_gpu_of_engines(config, gpus)
 
 

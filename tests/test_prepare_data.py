@@ -1,5 +1,6 @@
 """Public data sets as they are published, made into what the tasks read."""
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import prepare_data
 import pytest
 
 from megatron_sdpo.tasks import load_task
+from tests.livecodebench_setup import published_problem
 from tests.task_data import TOOLS, as_response, real_data, tool_prompt, written
 
 
@@ -67,6 +69,29 @@ def test_sciknoweval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "other" / "chemistry" / "test.json").read_bytes() != (
         target / "chemistry" / "test.json"
     ).read_bytes()
+
+
+def test_livecodebench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same problems from the published files and from tables, by this tool and by its own."""
+    rows = [published_problem("abc1"), published_problem("abc2", "pair"), published_problem("abc3")]
+    written(tmp_path / "lines" / "test5.jsonl", rows[:1])
+    written(tmp_path / "lines" / "test6.jsonl", rows[1:])
+    made = tmp_path / "data" / "problems.jsonl"
+    assert run("livecodebench", tmp_path / "lines", made.parent) == 0
+    assert capsys.readouterr().out == f"{made}: 3 problems, 9 graded tests\n"
+    task = load_task("livecodebench", data=str(made.parent))
+    assert [q.id for q in task.train_questions()] == ["half/abc1", "half/abc2", "half/abc3"]
+    assert [q.id for q in task.eval_questions()] == ["whole/abc1", "whole/abc2", "whole/abc3"]
+    assert run("livecodebench", tmp_path / "lines", made.parent) == 2
+    assert "exists already" in capsys.readouterr().err
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    (tmp_path / "tables").mkdir()
+    dated = [{**row, "contest_date": datetime.datetime.fromisoformat(row["contest_date"])} for row in rows]
+    pyarrow.parquet.write_table(arrow.Table.from_pylist(dated), tmp_path / "tables" / "test.parquet")
+    assert run("livecodebench", tmp_path / "tables", tmp_path / "other") == 0
+    assert (tmp_path / "other" / "problems.jsonl").read_bytes() == made.read_bytes()
 
 
 def test_the_prompts_are_those_of_the_public_task_files(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def shared(engine: Engine, folder: Path, prepare: Callable[..., None]) -> Iterat
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_publishes(shared: Path, name: str) -> None:
-    more = {"tp1": ["under_load"], "pp2": ["faults", "no_way_back", "not_finite"]}.get(name, [])
+    more = {"tp1": ["handles", "under_load"], "pp2": ["faults", "no_way_back", "not_finite", "handles"]}.get(name, [])
     layout, out = parse(name), shared / name
     run_ranks("dist_publish.py", layout.world_size, [name, str(shared), "gathers", "versions", *more])
     per_stage = layout.tensor_parallel * layout.context_parallel
@@ -156,7 +156,7 @@ def test_an_engine_that_is_gone_is_left_out(
 def test_an_engine_of_two_ranks(folder: Path, engine: Engine, prepare: Callable[..., None], tmp_path: Path) -> None:
     with Fleet(engine_config(tmp_path, engine.checkpoint, tensor_parallel=2), tmp_path, TOKEN) as fleet:
         prepare(fleet.engines)
-        run_ranks("dist_publish.py", 2, ["pp2", str(folder), "versions", "faults"], timeout=200)
+        run_ranks("dist_publish.py", 2, ["pp2", str(folder), "versions", "faults", "handles"], timeout=200)
 
 
 @pytest.mark.slow

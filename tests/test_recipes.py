@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sdpo import config as configuration
-from megatron_sdpo.config import Config, ConfigError, apply_overrides
+from megatron_sdpo.config import Config, ConfigError, SandboxConfig, apply_overrides
 from megatron_sdpo.hf_config import check_model, read_hf_config
 from megatron_sdpo.launch.local import TRAINING, _commands  # pyright: ignore[reportPrivateUsage]
 from megatron_sdpo.launch.planning import PUBLISHED, architecture
@@ -20,7 +20,7 @@ from megatron_sdpo.rollout.prompts import ENGINE_RESERVE
 from megatron_sdpo.scaling import planner
 from megatron_sdpo.scaling.assumed import Reach, usual_lengths
 from megatron_sdpo.scaling.hardware import GPUS
-from megatron_sdpo.tasks import TASKS, load_task
+from megatron_sdpo.tasks import TASKS, load_task, task_class
 from recipes import Recipe, recipe, recipes
 from tests.public_configs import OLMO3
 
@@ -193,3 +193,12 @@ def test_olmo3_is_refused_with_the_reason(tmp_path: Path) -> None:
 
 def test_models_are_those_whose_shapes_are_known() -> None:
     assert all((PUBLISHED / Path(recipe(name).model.path).name).is_dir() for name in AWAY)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_thread_that_judges_programs_has_a_sandbox(name: str) -> None:
+    config = recipe(name)
+    if hasattr(task_class(config.task.name), "use_sandbox"):
+        assert config.sandbox.workers == config.sandbox.warm == config.rollout.verify_workers
+    else:
+        assert config.sandbox == SandboxConfig()

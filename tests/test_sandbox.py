@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import replace
 
 import psutil
 import pytest
 
 from megatron_sdpo.sandbox import LocalSandbox, Outcome, Program
-from tests.sandbox_attacks import ATTACKS, Attack
+from tests.sandbox_attacks import ATTACKS, DAEMON, Attack
 from tests.sandbox_setup import CONFIG, SMALL, skip_without_sandbox
 
 NEIGHBOUR = Program("print(sum(map(int, input().split())))", (b"1 2 3",), limits=SMALL)
@@ -47,7 +48,28 @@ def test_an_attack_is_contained_and_its_neighbour_unharmed(sandbox: LocalSandbox
     assert outcome.wall_s < attack.wall_s + 5
     assert len(outcome.stdout) <= SMALL.output_bytes
     assert sandbox.run_blocking(NEIGHBOUR)[0].stdout == b"6\n"
-    assert not [p for p in psutil.process_iter(["cmdline"]) if "daemon-of-a-test" in (p.info["cmdline"] or [])]
+    assert not [p for p in psutil.process_iter(["cmdline"]) if DAEMON in (p.info["cmdline"] or [])]
+
+
+def test_the_memory_of_all_processes_together_is_bounded(sandbox: LocalSandbox) -> None:
+    """Measured from outside: four children grow to just below the limit of one, and end when they pass it together."""
+    (attack,) = (attack for attack in ATTACKS if attack.name.startswith("memory of processes that are each"))
+    outcomes: list[Outcome] = []
+    attacker = threading.Thread(target=lambda: outcomes.append(one(sandbox, attack.source)))
+    attacker.start()
+    most = 0
+    while attacker.is_alive():
+        most = max(most, sum(map(_own_bytes, psutil.Process().children(recursive=True))))
+        attacker.join(0.005)
+    assert outcomes[0].kind == "memory_limit"
+    assert 100e6 < most < 1.6 * SMALL.memory_bytes
+
+
+def _own_bytes(process: psutil.Process) -> int:
+    with suppress(psutil.Error):
+        memory = process.memory_info()
+        return memory.rss - memory.shared
+    return 0
 
 
 def test_every_input_is_executed_by_itself(sandbox: LocalSandbox) -> None:
@@ -106,6 +128,7 @@ def test_ends_by_code_and_by_signal(sandbox: LocalSandbox) -> None:
         ("class Solution:\n    def f(self, a: int, b: int) -> List[int]: return (a, [b])", b"[1, [2]]"),
         ("import numpy as np\ndef f(a, b): return {'x': np.int64(a), 'y': np.array([b])}", b'{"x": 1, "y": [2]}'),
         ("def f(a, b):\n    print('words')\n    return heappop([b]) + gcd(a, 1)", b"3"),
+        ("def f(a, b): return mode([b, b, a]) + Counter([a])[a] if isqrt(4) == b else 0", b"3"),
         ("def f(a, b): return {1, 2}", None),
         ("def f(a, b): import os; os._exit(0)", None),
     ],
@@ -113,6 +136,24 @@ def test_ends_by_code_and_by_signal(sandbox: LocalSandbox) -> None:
 def test_a_function_is_called(sandbox: LocalSandbox, source: str, result: bytes | None) -> None:
     (outcome,) = sandbox.run_blocking(Program(source, (b"1\n2",), function="f", limits=SMALL))
     assert (outcome.kind, outcome.result) == ("ok", result)
+
+
+def test_an_event_loop_and_processes_with_pipes_run(sandbox: LocalSandbox) -> None:
+    """What is counted and filtered for the sake of the limits is there for those who use it a little."""
+    source = """
+import asyncio, multiprocessing, subprocess, sys
+async def add(a, b):
+    await asyncio.sleep(0)
+    return a + b
+ours, theirs = multiprocessing.Pipe()
+process = multiprocessing.get_context("fork").Process(target=lambda: theirs.send(ours is not None))
+process.start()
+done = subprocess.run([sys.executable, "-c", "print(2)"], capture_output=True, text=True)
+print(asyncio.run(add(1, 2)), ours.recv(), done.stdout.strip())
+process.join()
+"""
+    outcome = one(sandbox, source, cpu_s=5.0)
+    assert (outcome.kind, outcome.stdout, outcome.error) == ("ok", b"3 True 2\n", "")
 
 
 def test_long_input_and_output_go_through(sandbox: LocalSandbox) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sdpo.config import ConfigError, SandboxConfig
-from megatron_sdpo.sandbox import Program, RemoteSandbox, SandboxError, check_sandbox, lent
+from megatron_sdpo.sandbox import Program, RemoteSandbox, SandboxError, check_sandbox, lent, say_uneven_workers
 from megatron_sdpo.sandbox import remote as remote_module
 from megatron_sdpo.tasks.minipipe import MiniPipe
 from tests.sandbox_setup import SMALL, skip_without_sandbox
@@ -129,6 +129,16 @@ def test_the_service_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         done = subprocess.run([*command, override], capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and words in done.stderr
     assert not (tmp_path / "token").exists()
+
+
+def test_sandboxes_that_wait_and_threads_that_wait_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    say_uneven_workers(Executes(), SandboxConfig(workers=2), 16)
+    say_uneven_workers(Executes(), SandboxConfig(workers=8), 2)
+    say_uneven_workers(Executes(), SandboxConfig(workers=2), 2)
+    say_uneven_workers(MiniPipe(train_size=1, eval_size=1), SandboxConfig(workers=2), 16)
+    waiting, unused = caplog.messages
+    assert "only 2 programs run at one time, the others wait for a sandbox; raise sandbox.workers to 16" in waiting
+    assert "the other sandboxes stay unused; raise rollout.verify_workers to 8" in unused
 
 
 def test_a_task_that_executes_nothing_needs_no_sandbox() -> None:

@@ -111,10 +111,10 @@ def test_sandboxes_that_stop_working_are_no_verdict(interpreter: tuple[object, .
                     sandbox.run_blocking(program)
 
 
-def _decide(machine: str, number: int, arguments: Sequence[int] = (0, 0), architecture: int = 0) -> int:
+def _decide(machine: str, number: int, arguments: Sequence[int] = (0, 0, 0, 0), architecture: int = 0) -> int:
     """What the filter answers: a reading of the instructions as the kernel reads them."""
     own = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine]
-    data = {0: number, 4: architecture or own, 16: arguments[0], 24: arguments[1]}
+    data = {0: number, 4: architecture or own, **{16 + 8 * i: value for i, value in enumerate(arguments)}}
     program, place, value = seccomp.instructions(machine), 0, 0
     while True:
         operation, if_true, if_false, operand = program[place]
@@ -143,9 +143,13 @@ def test_the_filter_lets_through_what_is_on_the_list_and_nothing_else(machine: s
     assert _decide(machine, calls["prlimit64"], (1, 0)) == fail | 1
     assert _decide(machine, calls["ioctl"], (0, 0x5421)) == allow
     assert _decide(machine, calls["ioctl"], (0, 0x5412)) == fail | 25  # typing into a terminal
+    for flags, answer in ((0x21, fail | 1), (0x23, fail | 1), (0x22, allow), (0x01, allow), (0x4022, allow)):
+        assert _decide(machine, calls["mmap"], (0, 4096, 3, flags)) == answer  # shared memory of no file
     assert _decide(machine, calls["read"] | 1 << 30) != allow
     assert _decide(machine, calls["read"], architecture=0x40000003) == 0x80000000
-    assert {"socket", "connect", "ptrace", "mount", "unshare", "setns", "bpf", "memfd_create"}.isdisjoint(calls)
+    assert {"socket", "connect", "ptrace", "mount", "unshare", "setns", "bpf", "memfd_create", "setsockopt"}.isdisjoint(
+        calls
+    )
 
 
 def test_a_machine_without_a_table_of_calls_is_refused() -> None:

@@ -1,5 +1,6 @@
 """load_task, and questions from JSON lines."""
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -184,3 +185,39 @@ class _Positional:
 def test_none_fits_an_optional_option() -> None:
     with pytest.raises(ConfigError, match="no method"):  # past its options, it is no task
         load_task(f"{__name__}:_Positional", limit=None)
+
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def readme_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> str:
+    """A module that the README shows, as a user would write it; its name."""
+    (block,) = (
+        b for b in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if b.startswith(f"# {name}")
+    )
+    assert block.count("\n") <= 30
+    module = f"{name}_{tmp_path.name}"
+    (tmp_path / f"{module}.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    return module
+
+
+def test_the_task_that_the_readme_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = load_task(f"{readme_module(tmp_path, monkeypatch, 'sums')}:Sums", largest=20)
+    question = task.train_questions()[21]
+    assert (len(task.train_questions()), question.id) == (400, "1+1")
+    assert task.verify(question, " 2\n") == Verdict(1.0)
+    assert task.verify(question, "3") == Verdict(0.0, "'3' is not the sum; the last digit must be 2")
+    assert task.eval_questions()[0].id == "20+0"
+    with pytest.raises(ConfigError, match="option 'largest'"):
+        load_task(f"sums_{tmp_path.name}:Sums", largest="many")
+
+
+def test_the_task_of_files_that_the_readme_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = '{"idx": 0, "prompt": "Of Japan?", "answer": "Tokyo", "system": null, "category": "Asia"}'
+    (tmp_path / "test.jsonl").write_text(row)
+    task = load_task(f"{readme_module(tmp_path, monkeypatch, 'capitals')}:Capitals", data=str(tmp_path))
+    (question,) = task.eval_questions()
+    assert question.payload["category"] == "Asia"
+    assert task.verify(question, "Tokyo") == Verdict(1.0)
+    assert task.verify(question, "Kyoto") == Verdict(0.0, "That is not its capital.")

@@ -27,11 +27,13 @@ def write_tiny_checkpoint(
     max_positions: int = 512,
     dtype: torch.dtype = torch.float32,
     std: float = 0.15,
+    expert_size: int = 40,
 ) -> Path:
     """A checkpoint directory (config.json, model.safetensors, tokenizer files) whose weights follow from ``seed``.
 
-    ``family`` is ``"llama"``, ``"qwen3"`` or ``"qwen3_moe"`` (8 experts of 40 units, 3 a token). ``std`` is large
-    enough for distributions that are far from uniform. Token 0 pads, token ``EOS_ID`` ends a turn. Returns ``path``.
+    ``family`` is ``"llama"``, ``"qwen3"`` or ``"qwen3_moe"`` (8 experts of ``expert_size`` units, 3 a token). ``std``
+    is large enough for distributions that are far from uniform. Token 0 pads, token ``EOS_ID`` ends a turn. Returns
+    ``path``.
     """
     path.mkdir(parents=True, exist_ok=True)
     config = {
@@ -56,7 +58,8 @@ def write_tiny_checkpoint(
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     if family == "qwen3_moe":
-        config |= {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
+        config |= {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}
+        config |= {"moe_intermediate_size": expert_size}
         config |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.001}
     (path / "config.json").write_text(json.dumps(config, indent=2))
     generator = torch.Generator().manual_seed(seed)

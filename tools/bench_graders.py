@@ -6,7 +6,8 @@
     python tools/bench_graders.py --threads 4    # as rollout.verify_workers does
 
 Graders in Python share one interpreter lock, so threads do not make them faster; mathematical answers are compared in
-processes of their own, one a thread (tasks/maths_checker.py).
+processes of their own, one a thread (tasks/maths_checker.py), and programs are executed in as many sandboxes as there
+are threads, here on ten tests (bench_sandbox.py says more).
 """
 
 import argparse
@@ -19,10 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from bench_machine import machine
 
 from megatron_sdpo.config import ConfigError
+from megatron_sdpo.sandbox import LocalSandbox, SandboxConfig, check_local
 from megatron_sdpo.tasks import load_task
+from megatron_sdpo.tasks.livecodebench import LiveCodeBench
+from megatron_sdpo.tasks.livecodebench_data import FILE, Case, Problem
 from megatron_sdpo.tasks.maths import Maths
 from megatron_sdpo.types import Task
 
@@ -35,6 +40,7 @@ Parameters: {"breed": "Required. string. The breed.", "limit": "integer. How man
 Output: Names.
 """
 CALL = 'Action: findDogs\nAction Input: {"breed": "Pug", "limit": 3, "tags": ["calm"]}'
+PROGRAM = "print(sum(map(int, input().split())))"
 ROWS: dict[str, Any] = {
     "sciknoweval": {"prompt": "Which?\n\nA: a\nB: b\nC: c\nD: d", "answer": "B"},
     "tooluse": {
@@ -57,12 +63,34 @@ ANSWERS: dict[str, dict[str, str]] = {
         "wrong": r"\boxed{\frac{x^2+1}{4}}",
         "malformed": r"\boxed{\frac{x^2+1}{3}",
     },
+    "livecodebench": {
+        "right": f"```python\n{PROGRAM}\n```",
+        "wrong": f"```python\n{PROGRAM}\n```".replace("sum", "max"),
+        "malformed": f"```python\n{PROGRAM}",
+    },
 }
 
 
 @contextmanager
-def loaded(name: str) -> Iterator[Task]:
+def programs(threads: int) -> Iterator[Task]:
+    """LiveCodeBench with one question, and with sandboxes."""
+    tests = tuple(Case(f"{i} {i}\n", f"{2 * i}\n") for i in range(10))
+    config = SandboxConfig(workers=threads, warm=threads)
+    check_local(config)
+    with tempfile.TemporaryDirectory() as folder, LocalSandbox(config) as sandbox:
+        (Path(folder) / FILE).write_bytes(msgspec.json.encode(Problem(id="sum", question="Add.", tests=tests)))
+        task = LiveCodeBench(data=folder)
+        task.use_sandbox(sandbox)
+        yield task
+
+
+@contextmanager
+def loaded(name: str, threads: int) -> Iterator[Task]:
     """The task with one question."""
+    if name == "livecodebench":
+        with programs(threads) as task:
+            yield task
+        return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / OPTIONS.get(name, {}).get("domain", "") / "test.json"
         path.parent.mkdir(exist_ok=True)
@@ -103,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("| task | answer | a second | each |\n|---|---|---|---|")
     for name, answers in ANSWERS.items():
         try:
-            with loaded(name) as task:
+            with loaded(name, parsed.threads) as task:
                 enormous = {"1 MB": REASONING * 125 + answers["right"]}
                 for kind, answer in {**answers, **enormous}.items():
                     found = rate(task, REASONING + answer, parsed.threads, parsed.seconds)

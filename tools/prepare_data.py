@@ -2,8 +2,9 @@
 
 ::
 
-    python tools/prepare_data.py sciknoweval SOURCE data/sciknoweval     # for task.name=sciknoweval
-    python tools/prepare_data.py toolalpaca  SOURCE data/tooluse         # for task.name=tooluse
+    python tools/prepare_data.py sciknoweval   SOURCE data/sciknoweval     # for task.name=sciknoweval
+    python tools/prepare_data.py toolalpaca    SOURCE data/tooluse         # for task.name=tooluse
+    python tools/prepare_data.py livecodebench SOURCE data/livecodebench   # for task.name=livecodebench
 
 SOURCE is what was downloaded: a file, or a folder in which all JSON, JSON-lines, parquet and arrow files are read.
 
@@ -11,6 +12,8 @@ SOURCE is what was downloaded: a file, or a folder in which all JSON, JSON-lines
 sciknoweval               ``hicai-zju/SciKnowEval``: multiple choice of level L3, a folder for each domain; test is
                           drawn by ``--seed``, ``--test-share`` of each domain
 toolalpaca                ToolAlpaca's ``train_data.json`` (recorded dialogues) and ``eval_simulated.json`` (its test)
+livecodebench             ``livecodebench/code_generation_lite``: one ``problems.jsonl`` for both splits, of all dates
+                          (prepare_livecodebench.py takes those between two days)
 ========================  =============================================================================================
 
 Rows that are not of the kind wanted are left out and counted by reason; a row that cannot be used ends the program with
@@ -27,6 +30,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import prepare_livecodebench
 
 from megatron_sdpo.config import ConfigError
 from megatron_sdpo.tasks import load_task
@@ -198,8 +203,14 @@ DATA_SETS = {
 }
 
 
+PROGRAMS = "livecodebench"
+"""Its rows have tests that are packed, and no splits."""
+
+
 def prepare(name: str, source: Path, target: Path, test_share: float, seed: int) -> list[str]:
     """Write the task files; returns what was done, a line each. ConfigError says what cannot be used."""
+    if name == PROGRAMS:
+        return [prepare_livecodebench.prepared(_sources(source), target)]
     data_set = DATA_SETS[name]
     made, left_out = _collected(data_set, _sources(source), source)
     if not made:
@@ -279,7 +290,7 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(formatter_class=raw, description=__doc__)
-    parser.add_argument("name", choices=DATA_SETS)
+    parser.add_argument("name", choices=(*DATA_SETS, PROGRAMS))
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--test-share", type=float, default=0.1, help="where test is drawn; default 0.1")

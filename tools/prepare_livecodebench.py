@@ -3,9 +3,9 @@
     python tools/prepare_livecodebench.py COPY/test6.jsonl --from 2025-02-01 --before 2025-05-01 \\
         --out data/livecodebench
 
-COPY holds the JSON-lines files of livecodebench/code_generation_lite, which you have got yourself. The dates given
-above are those of the 131 problems of the paper (release v6). Private tests become the graded ones, public tests stay
-apart. Nothing is executed and nothing is downloaded.
+COPY holds the JSON-lines files of livecodebench/code_generation_lite, which you have got yourself (parquet is read,
+too). The dates given above are those of the 131 problems of the paper (release v6). Private tests become the graded
+ones, public tests stay apart. Nothing is executed and nothing is downloaded.
 """
 
 import argparse
@@ -40,19 +40,28 @@ def prepare(
     return len(problems), sum(len(problem.tests) for problem in problems.values())
 
 
+def prepared(
+    copies: Sequence[Path], out: Path, first: datetime.date | None = None, before: datetime.date | None = None
+) -> str:
+    """``prepare``, and what it did in words; a file that is there is not written over."""
+    if (out / FILE).exists():
+        raise ConfigError(f"{out / FILE} exists already; remove it or give another target")
+    problems, tests = prepare(copies, out, first, before)
+    return f"{out / FILE}: {problems} problems, {tests} graded tests"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("copies", type=Path, nargs="+", help="JSON-lines files of code_generation_lite")
+    parser.add_argument("copies", type=Path, nargs="+", help="files of code_generation_lite")
     parser.add_argument("--out", type=Path, required=True, help=f"folder for {FILE}")
     parser.add_argument("--from", dest="first", type=datetime.date.fromisoformat, help="first day of contests")
     parser.add_argument("--before", type=datetime.date.fromisoformat, help="the day after the last")
     given = parser.parse_args(arguments)
     try:
-        problems, tests = prepare(given.copies, given.out, given.first, given.before)
+        print(prepared(given.copies, given.out, given.first, given.before))
     except ConfigError as error:
         print(f"prepare_livecodebench: {error}", file=sys.stderr)
         return 2
-    print(f"{given.out / FILE}: {problems} problems, {tests} graded tests")
     return 0
 
 

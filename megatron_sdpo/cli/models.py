@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from megatron_sdpo.cli.configuring import Commands, add_recipe, read_config, with_model
+from megatron_sdpo.config import ConfigError
 from megatron_sdpo.launch.preflight import check_engines, check_run
 
 
@@ -48,16 +49,29 @@ def serve(arguments: argparse.Namespace) -> None:
 def add_convert(commands: Commands) -> None:
     command = commands.add_parser(
         "convert",
-        help="run checkpoint -> Hugging Face directory, or Hugging Face directory -> Megatron checkpoint",
+        help="run checkpoint -> Hugging Face directory, or Hugging Face directory -> Megatron checkpoint; or to FP8",
     )
     command.add_argument("source", type=Path, help="a run directory, or a Hugging Face directory")
     command.add_argument("target", type=Path, help="directory to write; must not exist")
     command.add_argument("--step", type=int, help="which checkpoint of the run; default: the newest")
+    command.add_argument(
+        "--fp8", action="store_true", help="write a Hugging Face directory in block FP8, as FP8 engines serve it"
+    )
+    command.add_argument(
+        "--high-precision-layers",
+        type=int,
+        metavar="N",
+        help="with --fp8: so many of the first and of the last layers stay as they are; default: as in the run, or 0",
+    )
     command.set_defaults(run=convert)
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    """A run's checkpoint -> Hugging Face directory, or Hugging Face directory -> sharded checkpoint."""
-    from megatron_sdpo.launch.convert import convert_checkpoint  # loads torch and megatron
+    """A run's checkpoint -> Hugging Face directory, or Hugging Face directory -> sharded checkpoint; or FP8."""
+    from megatron_sdpo.launch.convert import Fp8, convert_checkpoint  # loads torch and megatron
 
-    print(convert_checkpoint(arguments.source, arguments.target, arguments.step))
+    kept = arguments.high_precision_layers
+    if kept is not None and not arguments.fp8:
+        raise ConfigError("--high-precision-layers is about FP8; add --fp8, or leave it out")
+    fp8 = Fp8(kept) if arguments.fp8 else None
+    print(convert_checkpoint(arguments.source, arguments.target, arguments.step, fp8))

@@ -3,7 +3,9 @@
 import math
 from operator import attrgetter
 
+from megatron_sdpo.config.fp8_checks import check_fp8
 from megatron_sdpo.config.sandbox import SandboxConfig
+from megatron_sdpo.config.sharing import check_sharing
 from megatron_sdpo.config.training import LayoutConfig
 from megatron_sdpo.config.tree import Config, ConfigError, DebugConfig, ObjectiveConfig, TeacherContextConfig
 
@@ -81,7 +83,8 @@ def check(config: Config) -> None:
     _check_sandbox(config.sandbox)
     _check_layout(layout)
     _check_recompute(layout)
-    _check_fp8(config)
+    check_fp8(config)
+    check_sharing(config)
     if engine.port + engine.count > 65535:
         raise ConfigError(f"engine.port is {engine.port}; it and the {engine.count} after it must be below 65536")
     if config.deterministic and config.rollout.max_staleness:
@@ -235,30 +238,6 @@ def _check_recompute(layout: LayoutConfig) -> None:
         raise ConfigError(
             f"layout.distribute_saved_activations divides activations over tensor ranks, but {held} {why};"
             " set layout.distribute_saved_activations=false"
-        )
-
-
-def _check_fp8(config: Config) -> None:
-    """Refuse precisions that one set of modules cannot have, and settings of a precision that is not asked for."""
-    fp8 = config.fp8
-    if len(fp8.kinds) > 1:
-        raise ConfigError(
-            f"fp8.student={fp8.student} and fp8.teacher={fp8.teacher} want different kinds of linears, but student and"
-            " teacher are one model; set both to the same kind, or one of them to off"
-        )
-    if not fp8.kinds:
-        if fp8.high_precision_layers or fp8.floor_limit is not None:
-            key = "high_precision_layers" if fp8.high_precision_layers else "floor_limit"
-            raise ConfigError(f"fp8.{key} is about FP8, which is off; set fp8.student or fp8.teacher, or leave it out")
-        return
-    if fp8.kinds != ("emulated",) and config.model.dtype != "bfloat16":
-        raise ConfigError(
-            f"fp8 {fp8.kinds[0]} is computed beside bfloat16, but model.dtype is {config.model.dtype}; set"
-            " model.dtype=bfloat16"
-        )
-    if fp8.teacher != "off" and not config.objective.has_teacher:
-        raise ConfigError(
-            f"fp8.teacher={fp8.teacher}, but objective.kind={config.objective.kind} has no teacher; set fp8.teacher=off"
         )
 
 

@@ -7,6 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -72,12 +73,13 @@ def _literal(text: str) -> Any:
 
 
 def _read(key: str, value: Any, text: str, kind: Any) -> Any:
-    """The value of an override, or its text where text is wanted and the value looked like JSON: name=7."""
+    """The value of an override, or its text where that is wanted and looked like JSON: name=7, layout.recompute=none."""
     try:
         return _convert(key, value, kind)
     except ConfigError:
-        if not isinstance(value, str) and kind in (str, str | None):
-            return text
+        if not isinstance(value, str):
+            with suppress(ConfigError):
+                return _convert(key, text, kind)
         raise
 
 

@@ -32,9 +32,11 @@ class SandboxConfig:
     """bubblewrap: on this machine, each in namespaces of its own; remote: by the service at ``url``; unsafe-none: as
     plain processes with the rights of this one, so that a program may read, change and send whatever you may."""
     workers: int = 2
-    """Programs that run at one time. As many are judged at one time as there are rollout.verify_workers: raise both."""
+    """Programs that run at one time, each on up to one core. Answers are judged by rollout.verify_workers threads, of
+    which each waits for its program: set both to the same number, at most the cores that the coordinator's machine (or
+    that of the service) has to spare."""
     warm: int = 2
-    """Sandboxes that are started ahead; each serves one program."""
+    """Sandboxes that are started ahead; each serves one program. More than ``workers`` gain nothing."""
     bwrap: str = "bwrap"
     """bubblewrap's program: a name on the PATH, or a path."""
     python: str | None = None

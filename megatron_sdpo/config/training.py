@@ -73,7 +73,7 @@ class Fp8Config:
     teacher: Fp8Kind = "off"
     """The teacher's passes."""
     high_precision_layers: int = 0
-    """So many of the first layers, and as many of the last, stay in model.dtype."""
+    """So many of the first layers, and as many of the last, stay in model.dtype, in FP8 engines too."""
     floor_limit: float | None = None
     """At its start a run measures how far student and teacher of the same weights disagree about the same tokens,
     KL per token in nats: what precision alone makes of the objective. Above this limit the run stops; none only logs

@@ -51,6 +51,15 @@ class EngineConfig:
     count: int = 1
     """Engines; two or more are put behind sglang-router."""
     tensor_parallel: int = 1
+    fp8: Literal["off", "blockwise"] = "off"
+    """blockwise: the layers multiply in FP8 (E4M3, one fp32 scale for 128 x 128 of a weight and for 128 numbers of an
+    activation). The trainer quantises what it publishes: half the bytes of bfloat16. Embedding, norms, router and head
+    stay in model.dtype, and so do the layers of fp8.high_precision_layers. Whatever fp8.student is, importance weights
+    (objective.engine_mismatch_cap) correct what remains between the two; least remains with fp8.student=blockwise (on
+    a CPU emulated) and head_dim a multiple of 128, where both multiply by the same codes. Engines that no trainer
+    publishes to (evaluate, serve, debug.rollout_only) need a model.path that is FP8 already (``convert --fp8``), and
+    are then in FP8 whatever this says. bfloat16 on a GPU; a CPU computes the same numbers slowly, in any dtype. Not for
+    Llama, whose scales SGLang (0.5.15, 0.5.21) leaves out."""
     host: str = "127.0.0.1"
     """Address that engines bind to: loopback, or this node's address in the job's network."""
     port: int = 0
@@ -60,6 +69,9 @@ class EngineConfig:
     """Size of the KV cache in tokens; None lets SGLang choose from free memory (GPU only)."""
     start_timeout_s: float = 600.0
     request_timeout_s: float = 600.0
+    release_memory: bool = False
+    """While a batch is trained on, engines on the trainer's own GPUs give back what weights and KV cache hold; needs
+    rollout.max_staleness=0. A CPU engine keeps it."""
     extra_args: tuple[str, ...] = ()
     """Passed to SGLang as they are."""
 
@@ -217,16 +229,20 @@ class ObjectiveConfig:
 class PublishConfig:
     """How trained weights reach the engines."""
 
-    backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """What carries them. auto: NCCL from GPU to GPU, gloo between CPUs. gloo on GPUs goes through host memory, for an
-    engine on the trainer's own GPU, to which NCCL does not talk."""
+    backend: Literal["auto", "nccl", "gloo", "ipc"] = "auto"
+    """What carries them. auto: NCCL from GPU to GPU, gloo between CPUs. Engines on the trainer's own GPUs, to which
+    NCCL does not talk, read them from where they lie (ipc), or get them through host memory (gloo). ipc needs them on
+    this machine."""
     bucket_bytes: int = 512 * 1024 * 1024
     """Tensors are sent in buckets of about this size."""
     probe_tokens: int = 32
     """Length of the fixed probe whose log-probs trainer and engine compare after every publish."""
     probe_tolerance: float = 1e-4
     """Largest accepted difference of a probe log-prob; natural log. bf16 needs about 0.5: a probe of random tokens has
-    log-probs far below zero, where it is coarse (0.36 was seen between SGLang and Transformer Engine)."""
+    log-probs far below zero, where it is coarse (0.36 was seen between SGLang and Transformer Engine). With FP8 engines
+    (engine.fp8) and tiny models on a CPU these were seen: from an emulated student, which multiplies by the same codes,
+    2e-6 in fp32, 0.03 where rounding had turned one code of an activation, 0.2 in bf16; from a student that is not in
+    FP8, or whose head_dim is 64, 0.3 to 0.5, as far as FP8 itself moves them."""
     timeout_s: float = 300.0
 
 

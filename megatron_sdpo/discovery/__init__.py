@@ -72,6 +72,7 @@ def discover(source: TrialSource, learner: "Learner", publisher: "Publisher") ->
         synced = publisher.publish(version)
         phases.taken()
         while (batch := source.batch(version)) is not None:
+            publisher.release()
             with phases("score_student"):
                 student = learner.score_student(batch)
             with phases("score_teacher"):

@@ -98,18 +98,21 @@ def gpus_of_torch() -> int:
 
 
 def first_gpu_of_engines(config: Config, gpus: int) -> int:
-    """The engines' GPUs follow those of the trainer's ranks. Where there are fewer, and ``publish.backend`` is gloo,
-    they are the trainer's own; else ConfigError. 0 on a machine without GPUs."""
+    """The engines' GPUs follow those of the trainer's ranks. Where there are fewer, and ``publish.backend`` is ipc
+    or gloo, they are the trainer's own; else ConfigError. 0 on a machine without GPUs."""
     ranks, engines = config.layout.world_size, config.engine.count * config.engine.tensor_parallel
     if config.debug.from_journal is not None or config.debug.rollout_only or not gpus:
         return 0
-    if gpus >= ranks + engines:
+    if config.engine.release_memory:  # they are to be shared, then, however many there are
+        if gpus >= max(ranks, engines):
+            return 0
+    elif gpus >= ranks + engines:
         return ranks
-    if config.publish.backend == "gloo" and gpus >= max(ranks, engines):
+    elif config.publish.backend in ("ipc", "gloo") and gpus >= max(ranks, engines):
         return 0
     raise ConfigError(
         f"{ranks} trainer rank(s) and {engines} GPU(s) of engines are more than the {gpus} GPU(s) here; lower"
-        " layout.world_size or engine.count, or, for both on the same GPUs, set publish.backend=gloo"
+        " layout.world_size or engine.count, or, for both on the same GPUs, set publish.backend=ipc"
     )
 
 

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sdpo import config as configuration
+from megatron_sdpo import fp8_format
 from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config, ConfigError, Fp8Config
 from megatron_sdpo.hf_config import check_model, read_model_config
+from megatron_sdpo.launch.local import gpus_of_torch
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.rollout.fleet import check_ports
 from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.rollout.prompts import PromptStream, check_lengths
-from megatron_sdpo.sandbox import check_sandbox
+from megatron_sdpo.sandbox import check_sandbox, say_uneven_workers
 from megatron_sdpo.tasks import load_task
 from megatron_sdpo.teacher_context import check_templates
 
@@ -25,7 +27,7 @@ def check_run(config: Config, must_evaluate: bool = False) -> None:
     ``must_evaluate``: only held-out questions are needed, whatever ``evaluation.every`` says.
     """
     configuration.check(config)
-    model, tokens = _read_model(config)
+    model, tokens = _read_model(config, has_trainer=not (must_evaluate or config.debug.rollout_only))
     check_model(config, model)
     check_fp8(config.fp8)
     _check_teacher_length(config, model)
@@ -33,6 +35,7 @@ def check_run(config: Config, must_evaluate: bool = False) -> None:
     task = load_task(config.task.name, **config.task.options)
     if config.debug.from_journal is None:
         check_sandbox(task, config.sandbox)
+        say_uneven_workers(task, config.sandbox, config.rollout.verify_workers)
     if not must_evaluate:
         PromptStream(task.train_questions(), config.rollout.prompts_per_step, config.seed)
     if not task.eval_questions() and (must_evaluate or config.evaluation.every):
@@ -85,13 +88,18 @@ def check_replay(run_dir: RunDir, config: Config, journal: Path, step: int) -> N
 def check_engines(config: Config) -> None:
     """The same for engines alone, which answer whatever is asked."""
     configuration.check(config)
-    _read_model(config)
+    model, _ = _read_model(config, has_trainer=False)
+    fp8_format.check_engines(config, model)
     check_ports(config)
     _check_run_dir(Path(config.run_dir))
 
 
-def _read_model(config: Config) -> tuple[dict[str, Any], Chat]:
-    model, tokens = read_model_config(config), Chat(config.model.path, config.model.thinking)
+def _read_model(config: Config, has_trainer: bool) -> tuple[dict[str, Any], Chat]:
+    """Without a trainer engines serve the weights of ``model.path``, which may then be in FP8."""
+    model, tokens = read_model_config(config, fp8=not has_trainer), Chat(config.model.path, config.model.thinking)
+    if not has_trainer:
+        fp8_format.check_engines_alone(config, model)
+    fp8_format.check_device(config, model, has_gpu=gpus_of_torch() > 0)
     if tokens.vocab_size > model["vocab_size"]:
         raise ConfigError(
             f"the tokenizer of {config.model.path} has {tokens.vocab_size} ids, its model only {model['vocab_size']}"

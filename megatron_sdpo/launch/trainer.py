@@ -3,7 +3,8 @@
 import gc
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from megatron_sdpo.mcore.hf import canonical_parameters, save_hf
 from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.phases import Phases
 from megatron_sdpo.reshard.publish import Publisher
+from megatron_sdpo.reshard.quantize import quantized
 from megatron_sdpo.reshard.transport import own_address
 from megatron_sdpo.rollout.control import EngineControl
 from megatron_sdpo.rollout.fleet_files import RunningFleet
@@ -92,6 +94,9 @@ class NoEngines:
 
     def publish(self, version: int) -> dict[str, float]:
         return {}
+
+    def release(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -247,6 +252,13 @@ def publisher_for(
     fleet = RunningFleet(run_dir.path, lambda address: control(address, token, config.publish.timeout_s))
     found = wait_for(lambda: fleet.all_of(config.engine.count), "the engines", config.engine.start_timeout_s)
     engines = [fleet.control(address) for address in found]
+    in_fp8 = config.engine.fp8 != "off"
+
+    def probe_log_probs(ids: Sequence[int]) -> list[float]:
+        """As close to what the engines compute as this model can come."""
+        with learner.precision.of(config.fp8.student if in_fp8 else "off"):
+            return learner.log_probs(ids)
+
     return Publisher(
         config.publish,
         learner.hf_config,
@@ -254,8 +266,10 @@ def publisher_for(
         canonical_parameters(learner.model, learner.groups),
         engines,
         own_address(engines[0].address.url),
-        learner.log_probs,
+        probe_log_probs,
         fleet if config.engine.count > 1 else None,
+        partial(quantized, learner.hf_config, config.fp8.high_precision_layers) if in_fp8 else None,
+        config.engine.release_memory,
     )
 
 

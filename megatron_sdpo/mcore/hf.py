@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_sdpo import fp8_format
 from megatron_sdpo.config import ConfigError, LayoutConfig
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore import names, platform
@@ -220,14 +221,18 @@ def write_directory(
     path: Path,
     source: Path,
     shard_bytes: int = SHARD_BYTES,
+    fp8_kept: int | None = None,
 ) -> None:
-    """Every tensor of the model, config.json and companions into a directory beside ``path``, which takes its place."""
+    """Every tensor of the model, config.json and companions into a directory beside ``path``, which takes its place.
+
+    ``fp8_kept``: the tensors come in block FP8 (fp8_format.py), but for so many layers at each end.
+    """
     building, old = (path.with_name(f".{path.name}.{what}") for what in ("building", "old"))
     for leftover in (building, old):
         shutil.rmtree(leftover, ignore_errors=True)
     building.mkdir(parents=True)
     try:
-        _fill(building, tensors, hf_config, dtype, source, shard_bytes)
+        _fill(building, tensors, hf_config, dtype, source, shard_bytes, fp8_kept)
     except BaseException:
         shutil.rmtree(building)
         raise
@@ -244,13 +249,23 @@ def _fill(
     dtype: torch.dtype,
     source: Path,
     shard_bytes: int,
+    fp8_kept: int | None,
 ) -> None:
     shapes = {name: tensor.shape for name, tensor in names.hf_layout(hf_config).items()}
-    with SafetensorsWriter(folder, shapes, dtype, shard_bytes) as writer:
+    others: dict[str, torch.dtype] = {}
+    if fp8_kept is not None:
+        n_layers = hf_config["num_hidden_layers"]
+        codes = {n: shape for n, shape in shapes.items() if fp8_format.is_quantized(n, n_layers, fp8_kept)}
+        scales = {fp8_format.scale_name(name): fp8_format.scale_shape(shape) for name, shape in codes.items()}
+        shapes |= scales
+        others = {**dict.fromkeys(codes, torch.float8_e4m3fn), **dict.fromkeys(scales, torch.float32)}
+    with SafetensorsWriter(folder, shapes, dtype, shard_bytes, others) as writer:
         for name, tensor in tensors:
             writer.write(name, tensor)
     config = json.loads((source / "config.json").read_text())
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    if fp8_kept is not None:
+        config[fp8_format.KEY] = fp8_format.quantization_config(hf_config, fp8_kept)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):

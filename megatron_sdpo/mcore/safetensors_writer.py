@@ -11,13 +11,19 @@ import torch
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
 
 
 class SafetensorsWriter:
     """One model.safetensors, or numbered files and their index when there are more than ``shard_bytes``.
 
-    Names, shapes and the dtype are known beforehand, so that each tensor has its place and none is kept. A context
+    Names, shapes and dtypes (``dtype`` but for those in ``others``) are known beforehand, so that each tensor has its
+    place and none is kept; in a file those with the largest elements come first, so that all are aligned. A context
     manager; a tensor that is unknown, misshapen, of another dtype, given twice or not at all is a ValueError.
 
     Example:
@@ -26,9 +32,15 @@ class SafetensorsWriter:
     """
 
     def __init__(
-        self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
+        self,
+        folder: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        shard_bytes: int,
+        others: Mapping[str, torch.dtype] | None = None,
     ) -> None:
-        self.folder, self.shapes, self.dtype = folder, dict(shapes), dtype
+        self.folder, self.shapes = folder, dict(shapes)
+        self.dtypes = {**dict.fromkeys(shapes, dtype), **(others or {})}
         self.total_bytes = sum(map(self._size, shapes))
         files = _dealt(((name, self._size(name)) for name in shapes), shard_bytes)
         many = len(files) > 1
@@ -39,16 +51,16 @@ class SafetensorsWriter:
         self._missing = set(shapes)
         for i, contents in enumerate(files):
             file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" if many else "model.safetensors"
-            self._start(file, contents)
+            self._start(file, sorted(contents, key=lambda name: -self.dtypes[name].itemsize))
 
     def write(self, name: str, tensor: Tensor) -> None:
         if name not in self._missing:
             raise ValueError(
                 f"{name} is not a tensor of this model" if name not in self.shapes else f"{name} came twice"
             )
-        if (tuple(tensor.shape), tensor.dtype) != (self.shapes[name], self.dtype):
+        if (tuple(tensor.shape), tensor.dtype) != (self.shapes[name], dtype := self.dtypes[name]):
             raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {self.dtype} of {self.shapes[name]}"
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {dtype} of {self.shapes[name]}"
             )
         stream = self._streams[self._file_of[name]]
         stream.seek(self._begin[name])
@@ -73,7 +85,7 @@ class SafetensorsWriter:
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def _size(self, name: str) -> int:
-        return prod(self.shapes[name]) * self.dtype.itemsize
+        return prod(self.shapes[name]) * self.dtypes[name].itemsize
 
     def _start(self, file: str, contents: Iterable[str]) -> None:
         """Write the header; the bytes of the tensors follow it in the order of ``contents``."""
@@ -81,7 +93,11 @@ class SafetensorsWriter:
         end = 0
         for name in contents:
             begin, end = end, end + self._size(name)
-            header[name] = {"dtype": _DTYPES[self.dtype], "shape": self.shapes[name], "data_offsets": [begin, end]}
+            header[name] = {
+                "dtype": _DTYPES[self.dtypes[name]],
+                "shape": self.shapes[name],
+                "data_offsets": [begin, end],
+            }
             self._begin[name], self._file_of[name] = begin, file
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # so that tensors are aligned

@@ -97,17 +97,35 @@ def export_hf(
 
     config.json and tokenizer files are those of ``source``.
     """
+    write_directory(stored(checkpoint, hf_config, dtype, groups, advance), hf_config, dtype, target, source)
 
+
+def stored(
+    checkpoint: Path, hf_config: dict[str, Any], dtype: torch.dtype, groups: ParallelGroups, advance: Advance
+) -> Iterator[tuple[str, Tensor]]:
+    """The student's weights of a sharded checkpoint under their Hugging Face names, one parameter at a time."""
     sharded, reader = _sharded(hf_config, groups, dtype), _Reader(checkpoint)
+    for name, made_of in names.parameters(hf_config).items():
+        pieces = names.split(made_of, reader.value(sharded[name]), hf_config)
+        for tensor, piece in zip(made_of, pieces, strict=True):
+            yield tensor.name, piece
+            advance(piece.nbytes)
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, made_of in names.parameters(hf_config).items():
-            pieces = names.split(made_of, reader.value(sharded[name]), hf_config)
-            for tensor, piece in zip(made_of, pieces, strict=True):
-                yield tensor.name, piece
-                advance(piece.nbytes)
 
-    write_directory(tensors(), hf_config, dtype, target, source)
+def read(source: Path, hf_config: dict[str, Any], dtype: torch.dtype, advance: Advance) -> Iterator[tuple[str, Tensor]]:
+    """The same of a Hugging Face directory, cast. ValueError and ConfigError as ``import_hf``."""
+    with HfCheckpoint(source, hf_config) as checkpoint:
+        names.check_names(checkpoint, hf_config)
+        names.check_shapes(checkpoint, hf_config)
+        held = 0
+        for name in names.hf_layout(hf_config):
+            value = checkpoint[name][:].to(dtype)
+            yield name, value
+            advance(value.nbytes)
+            held += value.nbytes
+            if held > _HELD_BYTES:
+                checkpoint.release()
+                held = 0
 
 
 def _sharded(hf_config: dict[str, Any], groups: ParallelGroups, dtype: torch.dtype) -> dict[str, Any]:

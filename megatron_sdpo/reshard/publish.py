@@ -23,6 +23,7 @@ from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.reshard.background import background
 from megatron_sdpo.reshard.digest import describe, digest
 from megatron_sdpo.reshard.gather import gather, is_sender
+from megatron_sdpo.reshard.handles import HandleTransport
 from megatron_sdpo.reshard.plan import plan
 from megatron_sdpo.reshard.transport import StageTransport
 from megatron_sdpo.rollout.control import EngineControl, EngineError
@@ -69,6 +70,7 @@ class Publisher:
     the probe (on every rank). Engines are controlled by the senders alone. A sender holds its stage's tensors on the
     host once, for the way back, and while it publishes once more. With a ``fleet`` the engines may change from version
     to version: those that it has are sent to, and one that is gone in the middle is left out while others are there.
+    ``encoded`` makes of a bucket what FP8 engines load (quantize.py), where it is gathered.
     """
 
     def __init__(
@@ -81,16 +83,24 @@ class Publisher:
         host: str,
         probe_log_probs: Callable[[Sequence[int]], list[float]],
         fleet: Fleet | None = None,
+        encoded: Callable[[Tensors], Tensors] | None = None,
+        release_memory: bool = False,
     ) -> None:
         self.config, self.hf_config, self.groups, self.own = config, hf_config, groups, own
         self.engines, self.host, self.probe_log_probs = list(engines), host, probe_log_probs
         element_bytes = next(iter(own.values())).element_size()
         self.buckets = plan(hf_config, groups.pipeline_size, element_bytes, config.bucket_bytes, groups.virtual_size)
         self.fleet = fleet
+        self.encoded: Callable[[Tensors], Tensors] = encoded or (lambda pairs: pairs)
         self.probe = probe_ids(hf_config["vocab_size"], config.probe_tokens)
-        self.transport: StageTransport | None = None
+        self.release_memory = release_memory
+        self.transport: StageTransport | HandleTransport | None = None
         self.served: Version | None = None
         """What the fleet last confirmed."""
+        self._released: list[EngineControl] = []
+        """Engines without memory; known to the first rank."""
+        self._freed = 0
+        """Bytes of this rank's GPU that engines gave back."""
 
     def publish(self, version: int) -> dict[str, float]:
         """Send the current weights as ``version``; returns ``sync/...`` numbers on every rank.
@@ -99,6 +109,7 @@ class Publisher:
         engine ends after ``publish.timeout_s``.
         """
         started = time.perf_counter()
+        self._resume()
         self._find_engines()
         buckets, lines, failure = self._gather_all()
         failure = self._first(failure)
@@ -115,11 +126,54 @@ class Publisher:
         if self.fleet is not None and self.groups.rank == 0:
             self.fleet.confirm(stamp, [engine.address for engine in self.engines])
         size = sum(tensor.nbytes for bucket in buckets for _, tensor in bucket)
+        released = {"sync/released_bytes": float(sum(self._share(self._freed)))} if self.release_memory else {}
         return {
+            **released,
             "sync/bytes": float(sum(self._share(size))),
             "sync/probe_gap": probe_gap,
             "sync/seconds": time.perf_counter() - started,
         }
+
+    def release(self) -> None:
+        """With ``engine.release_memory``: idle engines give back the memory of weights and cache until ``publish``.
+
+        PublishError, on every rank, when one does not: it is then as full as before, or as empty as it should be.
+        """
+        if not self.release_memory:
+            return
+        before = self._free()
+        _, failure = self._on_first_rank(lambda: self._each_engine(self._release_one))
+        if failure is not None:
+            raise PublishError(f"an engine did not give its memory back: {failure}")
+        self._freed = self._free() - before
+
+    def _free(self) -> int:
+        """Bytes of this rank's GPU that nobody holds; 0 on a CPU."""
+        own = next(iter(self.own.values()))
+        return torch.cuda.mem_get_info(own.device)[0] if own.is_cuda else 0
+
+    def _release_one(self, engine: EngineControl) -> None:
+        _until_idle(engine, self.config.timeout_s)
+        engine.release_memory()
+        self._released.append(engine)
+
+    def _resume(self) -> None:
+        """The engines have their memory again; whoever has gone meanwhile is found out when it is sent to."""
+        if not self.release_memory:
+            return
+        if next(iter(self.own.values())).is_cuda:
+            torch.cuda.empty_cache()  # what training needed, and torch keeps, is theirs
+        dist.barrier(group=self.groups.world)
+        released, self._released = self._released, []
+
+        def resume(engine: EngineControl) -> None:
+            if not (self.fleet is not None and engine.is_gone()):
+                engine.resume_memory()
+
+        calls = [background(partial(resume, engine)) for engine in released]
+        _, failure = self._on_first_rank(lambda: [call.result() for call in calls])
+        if failure is not None:
+            raise PublishError(f"an engine did not get its memory back: {failure}")
 
     def close(self) -> None:
         """Leave the engines' groups; they go on serving."""
@@ -167,6 +221,7 @@ class Publisher:
             broken = [name for name, tensor in pairs if not bool(torch.isfinite(tensor).all())]
             if broken:
                 failure = failure or f"{broken[0]} holds values that are not finite"
+            pairs = self.encoded(pairs)
             lines += [describe(name, tensor) for name, tensor in pairs]
             # A copy: the parameters move on with the next optimizer step, the previous version must not.
             outgoing.append([(name, tensor.to("cpu", copy=True)) for name, tensor in pairs])
@@ -196,9 +251,8 @@ class Publisher:
     def _send(self, buckets: list[Tensors], stamp: str | None) -> str | None:
         try:
             if self.transport is None:
-                name = f"megatron-sdpo-stage{self.groups.pipeline_rank}"
-                self.transport = StageTransport(self.engines, name, self.host, self.config.timeout_s, self._backend())
-            device = next(iter(self.own.values())).device if self.transport.backend == "nccl" else "cpu"
+                self.transport = self._new_transport()
+            device = "cpu" if self.transport.backend == "gloo" else next(iter(self.own.values())).device
             for i, bucket in enumerate(buckets):
                 on_device = [(name, tensor.to(device)) for name, tensor in bucket]
                 self.transport.send(on_device, stamp if i == len(buckets) - 1 else None)
@@ -206,6 +260,13 @@ class Publisher:
             self.close()
             return _words(error)
         return None
+
+    def _new_transport(self) -> StageTransport | HandleTransport:
+        backend = self._backend()
+        if backend == "ipc":
+            return HandleTransport(self.engines, self.config.timeout_s)
+        name = f"megatron-sdpo-stage{self.groups.pipeline_rank}"
+        return StageTransport(self.engines, name, self.host, self.config.timeout_s, backend)
 
     def _backend(self) -> str:
         on_gpu = next(iter(self.own.values())).is_cuda
@@ -292,6 +353,19 @@ def probe_ids(vocab_size: int, length: int) -> list[int]:
     """
     generator = torch.Generator().manual_seed(20_260_120)
     return torch.randint(vocab_size - 1, (length,), generator=generator).tolist()
+
+
+def _until_idle(engine: EngineControl, timeout_s: float) -> None:
+    """Return when nothing runs in the engine: it may be busy for a moment after its last answer, and SGLang ends when
+    an engine that is busy has to give its memory back."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return engine.flush_cache()  # refused while something runs
+        except EngineError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def _open(engine: EngineControl) -> None:

@@ -67,7 +67,7 @@ class StageTransport:
 
         Raises TransportError as soon as any engine refuses; what the engines hold is then a mixture.
         """
-        flat = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in tensors])
+        flat = flat_bytes(tensors)
         loads = [
             partial(
                 engine.update_weights_from_distributed,
@@ -142,6 +142,11 @@ class StageTransport:
 
     def _failures(self) -> list[BaseException]:
         return [failure for call in self._calls if call.done() and (failure := call.exception()) is not None]
+
+
+def flat_bytes(tensors: Sequence[tuple[str, Tensor]]) -> Tensor:
+    """The tensors' bytes, one after the other; uint8."""
+    return torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in tensors])
 
 
 def _create_group(name: str, store: TCPStore, world_size: int, backend: str, timeout: timedelta) -> dist.ProcessGroup:

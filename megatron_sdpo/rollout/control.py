@@ -182,10 +182,31 @@ class EngineControl:
             },
         )
 
+    def update_weights_from_tensor(self, *, payloads: Sequence[str], weight_version: str | None) -> None:
+        """Load one bucket that lies in memory of this machine; ``payloads`` tell each rank of the engine where.
+
+        See ``reshard.handles.payload``. An unknown name is taken as by ``update_weights_from_distributed``.
+        """
+        body = {"serialized_named_tensors": list(payloads), "load_format": "flattened_bucket", "flush_cache": False}
+        self._call("POST", "/update_weights_from_tensor", {**body, "weight_version": weight_version})
+
     def update_weights_from_disk(self, path: str, version: int) -> None:
         """Load a Hugging Face checkpoint directory that the engine can read, and flush the cache."""
         body = {"model_path": path, "weight_version": str(version), "flush_cache": True}
         self._call("POST", "/update_weights_from_disk", body)
+
+    # --- the memory that an engine holds ---
+
+    def release_memory(self) -> None:
+        """Give back the GPU memory of weights and KV cache, whose contents are lost. The engine must be idle.
+
+        On a CPU nothing is given back.
+        """
+        self._call("POST", "/release_memory_occupation", {})
+
+    def resume_memory(self) -> None:
+        """Take it again, after ``release_memory``; the weights are then arbitrary until new ones are sent."""
+        self._call("POST", "/resume_memory_occupation", {})
 
     # --- generation around an update ---
 

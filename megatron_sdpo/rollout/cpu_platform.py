@@ -43,6 +43,10 @@ SERVER_ARGS: tuple[str, ...] = (
 )
 """SGLang arguments for a CPU. Put them before the user's: the last occurrence of an argument holds."""
 
+MEMORY_SAVER = "--enable-memory-saver"
+"""Of SGLang: weights and KV cache lie where they can be given back. Its library manages CUDA memory alone, so on a CPU
+they stay, and the two calls answer without doing anything."""
+
 _kept_alive: list[Any] = []
 
 

@@ -18,10 +18,11 @@ import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
-from megatron_sdpo.rollout import cpu_platform, cpu_sampling  # noqa: E402
+from megatron_sdpo.rollout import cpu_fp8, cpu_platform, cpu_sampling  # noqa: E402
 
 cpu_platform.install()
 cpu_sampling.provide()
+cpu_fp8.provide()
 
 TOKEN = "MEGATRON_SDPO_TOKEN"
 
@@ -33,10 +34,15 @@ def main(arguments: Sequence[str]) -> None:
     from sglang.srt.utils import kill_process_tree
 
     without_cuda = not cpu_platform.has_cuda()
-    given = [*cpu_platform.SERVER_ARGS, *arguments, "--base-gpu-id=0"] if without_cuda else list(arguments)
+    given = list(arguments)
+    if without_cuda:
+        able = [argument for argument in arguments if argument != cpu_platform.MEMORY_SAVER]
+        given = [*cpu_platform.SERVER_ARGS, *able, "--base-gpu-id=0"]
     if without_cuda and cpu_sampling.SEEDED in arguments:
         cpu_sampling.switch_on()
         given += cpu_sampling.SERVER_ARGS
+    if without_cuda and cpu_fp8.is_asked_for(arguments):
+        cpu_fp8.switch_on()
     token = os.environ.pop(TOKEN, "")
     if token:
         hide_in_log(token)

@@ -1,5 +1,6 @@
 """The engines of a run, and the router in front of them: start, watch, end."""
 
+import json
 import os
 import signal
 import subprocess
@@ -16,9 +17,12 @@ from typing import Self
 import psutil
 
 import megatron_sdpo
+from megatron_sdpo import fp8_format
 from megatron_sdpo.config import Config
+from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.rollout import lifeline
 from megatron_sdpo.rollout.control import EngineControl, EngineError
+from megatron_sdpo.rollout.cpu_platform import MEMORY_SAVER
 from megatron_sdpo.rollout.cpu_sampling import SEEDED
 from megatron_sdpo.rollout.fleet_files import ROUTER, read_address, read_confirmed, read_engines, write_address
 from megatron_sdpo.rollout.ports import http_url, take_ports
@@ -264,6 +268,9 @@ class Fleet:
         given = [f"--{name}={value}" for name, value in arguments.items() if value is not None]
         if config.deterministic:
             given.append(SEEDED)
+        if engine.release_memory:
+            given.append(MEMORY_SAVER)
+        given += fp8_arguments(config)
         return [*given, "--skip-tokenizer-init", *engine.extra_args]
 
     def _router_arguments(self, port: int, engines: Sequence[EngineAddress]) -> list[str]:
@@ -337,6 +344,18 @@ class Fleet:
         names = [f"engine-{i}" for i in self._share.engines] + [ROUTER] * self._share.has_router
         for name in names:
             (self._addresses / f"{name}.json").unlink(missing_ok=True)
+
+
+def fp8_arguments(config: Config) -> list[str]:
+    """What SGLang is told of FP8; nothing where it is off, or where the checkpoint says so itself.
+
+    The file on disk is in full precision, so the engine starts with dummies for weights: a trainer publishes before
+    anything is sampled, and engines without one are refused at start (``fp8_format.check_engines_alone``).
+    """
+    if config.engine.fp8 == "off" or fp8_format.is_fp8(model := read_hf_config(config.model.path, fp8=True)):
+        return []
+    said = {fp8_format.KEY: fp8_format.quantization_config(model, config.fp8.high_precision_layers)}
+    return [f"--json-model-override-args={json.dumps(said)}", "--load-format=dummy"]
 
 
 def check_ports(config: Config) -> None:

@@ -19,8 +19,10 @@ system and an empty ``/tmp``. Of the ``Limits``,
 
 * processor time: RLIMIT_CPU for each process; of all together, looked at every 20 ms, and exactly at the end;
 * clock: by the first process inside, and 10 s later by the side outside;
-* memory: RLIMIT_AS for each process; resident memory of all together, looked at every 20 ms. No control group is used,
-  so that between two looks, and in memory that is not resident, memory_bytes * processes is the firm bound;
+* memory: RLIMIT_AS for each process; that of all together is looked at every 20 ms, swapped out or not. Memory that
+  belongs to no process cannot be had: no shared mapping but of files, no memfd, no System V segments; sockets count as
+  if they were full, and what pipes hold the kernel bounds for each user (64 MB). No control group is used, so that
+  between two looks memory_bytes * processes is the firm bound;
 * processes and threads: RLIMIT_NPROC, counted in the sandbox's own user namespace (Linux 5.14 or newer);
 * files: the size of ``/tmp``, RLIMIT_FSIZE, and 2000 files;
 * output: what is beyond the limit is not read, and the program is killed.
@@ -34,7 +36,7 @@ around it can only change what it answers.
 """
 
 from megatron_sdpo.config.sandbox import Limits, SandboxConfig
-from megatron_sdpo.sandbox.lending import check_sandbox, lent, open_sandbox
+from megatron_sdpo.sandbox.lending import check_sandbox, lent, open_sandbox, say_uneven_workers
 from megatron_sdpo.sandbox.pool import LocalSandbox
 from megatron_sdpo.sandbox.records import Outcome, OutcomeKind, Program, Sandbox, SandboxError
 from megatron_sdpo.sandbox.remote import RemoteSandbox
@@ -54,4 +56,5 @@ __all__ = [
     "check_sandbox",
     "lent",
     "open_sandbox",
+    "say_uneven_workers",
 ]

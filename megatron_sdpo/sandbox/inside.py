@@ -32,8 +32,8 @@ import types
 import typing
 
 NAMES = (
-    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "itertools"),
-    *("functools", "operator", "io", "sys", "json", "builtins", "typing"),
+    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics"),
+    *("itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing"),
 )
 PRELUDE: dict[str, typing.Any] = {}
 """The names that LiveCodeBench gives to every program; loaded before a program comes."""
@@ -52,7 +52,6 @@ RESERVE = 16 << 20
 FILES = 2000
 """Files, folders and links in the temporary folder."""
 TICKS = os.sysconf("SC_CLK_TCK")
-PAGE = os.sysconf("SC_PAGE_SIZE")
 CONTAINED = os.getpid() == 1
 """Process 1 of a namespace of its own: only then is everything else in sight the program's."""
 
@@ -256,7 +255,7 @@ class Watched:
         if now - self.looked < WATCH_S:
             return None
         self.looked = now
-        cpu, memory = usage(self.child)
+        cpu, memory = usage(self.child, self.limits["socket_bytes"])
         if cpu > self.limits["cpu_s"]:
             return "cpu"
         if memory > self.limits["memory_bytes"]:
@@ -268,22 +267,34 @@ class Watched:
         return None
 
 
-def usage(child: int) -> tuple[float, int]:
-    """Processor seconds and resident bytes of all processes of the program, without pages of files."""
-    cpu = memory = 0
+def usage(child: int, socket_bytes: int) -> tuple[float, int]:
+    """Processor seconds of all processes of the program, and bytes of memory that is theirs alone, swapped out or not.
+
+    Memory that several hold needs no count: seccomp.py lets them share none but files of the limited folder. Sockets
+    count as if they were full.
+    """
+    cpu, memory = 0, sockets() * socket_bytes // 1024
     for name in os.listdir("/proc") if CONTAINED else [str(child)]:
         if not name.isdigit() or name == "1":
             continue
         try:
             with open(f"/proc/{name}/stat", "rb") as file:
                 fields = file.read().rpartition(b")")[2].split()
-            with open(f"/proc/{name}/statm", "rb") as file:
-                pages = file.read().split()
+            with open(f"/proc/{name}/status", "rb") as file:
+                sizes = [line.split()[1] for line in file if line.startswith((b"RssAnon:", b"VmSwap:"))]
         except OSError:  # it has ended
             continue
         cpu += sum(map(int, fields[11:15]))
-        memory += int(pages[1]) - int(pages[2])
-    return cpu / TICKS, memory * PAGE
+        memory += sum(map(int, sizes))
+    return cpu / TICKS, memory * 1024
+
+
+def sockets() -> int:
+    """Those of the sandbox's own network namespace, whoever holds them: pairs, as the filter lets no others be made."""
+    if not CONTAINED:
+        return 0
+    with open("/proc/self/net/unix", "rb") as file:
+        return len(file.readlines()) - 1
 
 
 def attend(watched: Watched, feed_to: int, feed: memoryview, outputs: dict[int, bytearray]) -> str | None:

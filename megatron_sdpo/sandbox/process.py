@@ -43,6 +43,7 @@ class SandboxProcess:
         self._ready = self._killed = False
         self._most_bytes = 0
         ours, theirs = socket.socketpair()
+        self._socket_bytes = 2 * ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)  # with what the kernel adds
         contained = isolation.config.backend == "bubblewrap"
         given = [_readable(data) for data in (filter_program(), isolation.script)] if contained else [-1, -1]
         try:
@@ -84,7 +85,7 @@ class SandboxProcess:
         """Hand over the program; before the first ``execute``."""
         self.wait_ready()
         names = ("cpu_s", "wall_s", "memory_bytes", "processes", "file_bytes", "output_bytes")
-        limits = {name: getattr(program.limits, name) for name in names}
+        limits = {name: getattr(program.limits, name) for name in names} | {"socket_bytes": self._socket_bytes}
         self._most_bytes = 3 * program.limits.output_bytes
         self._write({"function": program.function, "limits": limits}, source)
 

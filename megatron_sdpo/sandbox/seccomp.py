@@ -1,12 +1,13 @@
 """The system calls that a program may make: an allow-list, as the filter program that bubblewrap loads.
 
-Written by hand rather than with libseccomp: the filter is one list and three tests of an argument, its encoding is
+Written by hand rather than with libseccomp: the filter is one list and four tests of an argument, its encoding is
 thirty lines that the tests run for real, and libseccomp would be one more system library to install on every machine.
 
 What is on the list is what Python, its standard library and numpy use. What is not answers EPERM, or ENOSYS where the
 C library then falls back to an older call. So there is no network (``socket``), no new namespace, no mount, no
-``ptrace``, no memory that escapes the limits (``memfd_create``, System V shared memory), no keyring, BPF, io_uring or
-performance counter. The numbers are the kernel's tables (unistd.h). The table of aarch64 is not yet run on one.
+``ptrace``, no memory that escapes the limits (``memfd_create``, System V shared memory, shared mappings of no file,
+larger buffers of sockets), no keyring, BPF, io_uring or performance counter. The numbers are the kernel's tables
+(unistd.h). The table of aarch64 is not yet run on one.
 """
 
 import errno
@@ -32,7 +33,7 @@ readlink=89 readlinkat=267 readv=19 recvfrom=45 recvmsg=47 rename=82 renameat=26
 rmdir=84 rseq=334 rt_sigaction=13 rt_sigpending=127 rt_sigprocmask=14 rt_sigreturn=15 rt_sigsuspend=130
 rt_sigtimedwait=128 sched_get_priority_max=146 sched_get_priority_min=147 sched_getaffinity=204 sched_getparam=143
 sched_getscheduler=145 sched_yield=24 select=23 sendfile=40 sendmsg=46 sendto=44 set_robust_list=273
-set_tid_address=218 setitimer=38 setpgid=109 setrlimit=160 setsid=112 setsockopt=54 shutdown=48 sigaltstack=131
+set_tid_address=218 setitimer=38 setpgid=109 setrlimit=160 setsid=112 shutdown=48 sigaltstack=131
 signalfd=282 signalfd4=289 socketpair=53 splice=275 stat=4 statfs=137 statx=332 symlink=88 symlinkat=266
 sync_file_range=277 sysinfo=99 tee=276 tgkill=234 time=201 timer_create=222 timer_delete=226 timer_getoverrun=225
 timer_gettime=224 timer_settime=223 timerfd_create=283 timerfd_gettime=287 timerfd_settime=286 times=100 tkill=200
@@ -55,7 +56,7 @@ pselect6=72 pwrite64=68 pwritev=70 read=63 readlinkat=78 readv=65 recvfrom=207 r
 renameat2=276 restart_syscall=128 rseq=293 rt_sigaction=134 rt_sigpending=136 rt_sigprocmask=135 rt_sigreturn=139
 rt_sigsuspend=133 rt_sigtimedwait=137 sched_get_priority_max=125 sched_get_priority_min=126 sched_getaffinity=123
 sched_getparam=121 sched_getscheduler=120 sched_yield=124 sendfile=71 sendmsg=211 sendto=206 set_robust_list=99
-set_tid_address=96 setitimer=103 setpgid=154 setrlimit=164 setsid=157 setsockopt=208 shutdown=210 sigaltstack=132
+set_tid_address=96 setitimer=103 setpgid=154 setrlimit=164 setsid=157 shutdown=210 sigaltstack=132
 signalfd4=74 socketpair=199 splice=76 statfs=43 statx=291 symlinkat=36 sync_file_range=84 sysinfo=179 tee=77
 tgkill=131 timer_create=107 timer_delete=111 timer_getoverrun=109 timer_gettime=108 timer_settime=110
 timerfd_create=85 timerfd_gettime=87 timerfd_settime=86 times=153 tkill=130 truncate=45 umask=166 uname=160
@@ -69,12 +70,14 @@ _NEW_NAMESPACES = 0x7E020000
 """The CLONE_NEW* flags of clone."""
 _TERMINAL_REQUESTS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """ioctl: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX."""
+_SHARED, _ANONYMOUS = 0x01, 0x20
+"""MAP_SHARED (which MAP_SHARED_VALIDATE includes), MAP_ANONYMOUS."""
 _FIRST_RECENT = 424
 """From here on the calls of all architectures have one numbering, and the C library knows to do without them."""
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _FAIL = 0x7FFF0000, 0x80000000, 0x00050000
-_NUMBER, _ARCHITECTURE, _ARGUMENT_0, _ARGUMENT_1 = 0, 4, 16, 24
+_NUMBER, _ARCHITECTURE, _ARGUMENT_0, _ARGUMENT_1, _ARGUMENT_3 = 0, 4, 16, 24, 40
 """Where struct seccomp_data holds them; of an argument the low half, on these little-endian machines."""
 
 Instruction = tuple[int, int, int, int]
@@ -101,6 +104,12 @@ def instructions(machine: str) -> list[Instruction]:
     guarded = {
         "clone": [(_LOAD, 0, 0, _ARGUMENT_0), (_ANY_BIT, 0, 1, _NEW_NAMESPACES), *_fails(errno.EPERM)],
         "prlimit64": [(_LOAD, 0, 0, _ARGUMENT_0), (_EQUAL, 1, 0, 0), *_fails(errno.EPERM)],  # of no other process
+        "mmap": [  # shared memory of no file would count in the limit of no process
+            (_LOAD, 0, 0, _ARGUMENT_3),
+            (_ANY_BIT, 0, 2, _ANONYMOUS),
+            (_ANY_BIT, 0, 1, _SHARED),
+            *_fails(errno.EPERM),
+        ],
         "ioctl": [
             (_LOAD, 0, 0, _ARGUMENT_1),
             *((_EQUAL, len(_TERMINAL_REQUESTS) - i, 0, request) for i, request in enumerate(_TERMINAL_REQUESTS)),

@@ -114,10 +114,7 @@ class DatasetTask(ABC):
     """Accept held-out questions that are also trained on."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.max_malformed_share < 1.0:
-            raise ConfigError(
-                f"task.options.max_malformed_share is {self.max_malformed_share:g}; set it to 0 or more, below 1"
-            )
+        check_malformed_share(self.max_malformed_share)
         self._train, train_prints = self._split("train")
         self._eval, eval_prints = self._split("test")
         folder = self.folder()
@@ -188,13 +185,24 @@ def _checked(
         place_of[question.id] = place
         places.append(place)
         prints.add(hashlib.blake2b(question.messages[-1].content.encode(), digest_size=16).digest())
-    if len(malformed) > max_malformed_share * len(rows):
+    judge_malformed(malformed, len(rows), max_malformed_share)
+    return LazyQuestions(rows, places, make), prints
+
+
+def check_malformed_share(share: float) -> None:
+    """Refuse what is no share."""
+    if not 0.0 <= share < 1.0:
+        raise ConfigError(f"task.options.max_malformed_share is {share:g}; set it to 0 or more, below 1")
+
+
+def judge_malformed(malformed: Sequence[str], rows: int, share: float) -> None:
+    """Say what is left out, each row with its place and reason; refuse (ConfigError) more than a share of the rows."""
+    if len(malformed) > share * rows:
         raise ConfigError(
-            f"{malformed[0]} ({len(malformed)} of {len(rows)} rows are malformed; mend them, or let"
-            f" task.options.max_malformed_share, now {max_malformed_share:g}, allow that many)"
+            f"{malformed[0]} ({len(malformed)} of {rows} rows are malformed; mend them, or let"
+            f" task.options.max_malformed_share, now {share:g}, allow that many)"
         )
     for words in malformed[:NAMED_ROWS]:
         logger.warning("left out a malformed row: %s", words)
     if malformed:
-        logger.warning("%d of %d rows are malformed and left out", len(malformed), len(rows))
-    return LazyQuestions(rows, places, make), prints
+        logger.warning("%d of %d rows are malformed and left out", len(malformed), rows)

@@ -10,6 +10,7 @@ from typing import Literal
 
 from megatron_sdpo.config import ConfigError
 from megatron_sdpo.sandbox import Limits, Program, Sandbox, SandboxError
+from megatron_sdpo.tasks.dataset import check_malformed_share
 from megatron_sdpo.tasks.livecodebench_data import Case, Problem, half_of_tests, read_problems
 from megatron_sdpo.tasks.livecodebench_grading import code_of, feedback, hidden_feedback, is_right
 from megatron_sdpo.types import Message, Question, Verdict
@@ -39,9 +40,12 @@ class LiveCodeBench:
     which are then executed first and must pass too."""
     problems: tuple[str, ...] = ()
     """Ids of the problems to ask; none asks all."""
+    max_malformed_share: float = 0.0
+    """Share of the file's lines that may be malformed and are left out."""
 
     def __post_init__(self) -> None:
-        found = {problem.id: problem for problem in read_problems(self.data)}
+        check_malformed_share(self.max_malformed_share)
+        found = {problem.id: problem for problem in read_problems(self.data, self.max_malformed_share)}
         if unknown := [id for id in self.problems if id not in found]:
             raise ConfigError(f"{self.data} has no problem {unknown[0]!r}; take it out of task.options.problems")
         self._problems = {id: found[id] for id in self.problems or found}

@@ -11,18 +11,19 @@ A problem with a ``function`` has one JSON value a line in each input, one in ea
 
 import base64
 import datetime
-import io
 import json
-import pickle
+import pickletools
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from megatron_sdpo.config import ConfigError
+from megatron_sdpo.tasks.dataset import judge_malformed
+from megatron_sdpo.tasks.rows import RowError, read_rows
 
 FILE = "problems.jsonl"
 """The task file in a folder."""
@@ -50,36 +51,40 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     memory_bytes: int | None = None
 
 
-def read_problems(path: str | Path) -> tuple[Problem, ...]:
-    """All problems of a task file, or of a folder's ``problems.jsonl``; a bad line raises ConfigError."""
+def read_problems(path: str | Path, max_malformed_share: float = 0.0) -> tuple[Problem, ...]:
+    """The problems of a task file, or of a folder's ``problems.jsonl``.
+
+    Bad lines are named in the log and left out; more than ``max_malformed_share`` of the lines raise ConfigError.
+    """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     problems: dict[str, Problem] = {}
-    for problem in _lines(path, lambda line: _checked(msgspec.json.decode(line, type=Problem))):
-        if problem.id in problems:
-            raise ConfigError(f"{path} has the problem {problem.id!r} twice; remove one")
-        problems[problem.id] = problem
+    malformed: list[str] = []
+    lines = 0
+    for number, line in _lines(path):
+        lines += 1
+        try:
+            problem = _checked(msgspec.json.decode(line, type=Problem))
+            if problem.id in problems:
+                raise ConfigError(f"the problem {problem.id!r} is there twice")
+            problems[problem.id] = problem
+        except (ConfigError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            malformed.append(f"{path}, line {number}: {error}")
+    if not lines:
+        raise ConfigError(f"the problems file {path} is empty; make it with tools/prepare_data.py")
+    judge_malformed(malformed, lines, max_malformed_share)
     return tuple(problems.values())
 
 
-T = TypeVar("T")
-
-
-def _lines(path: Path, read: Callable[[bytes], T]) -> Iterator[T]:
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number and text of each line that is not empty."""
     try:
         with path.open("rb") as file:
-            lines = 0
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    try:
-                        yield read(line)
-                    except (ConfigError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-                        raise ConfigError(f"{path}, line {number}: {error}") from error
-                    lines += 1
+                    yield number, line
     except OSError as error:
         raise ConfigError(f"cannot read the problems file {path}: {error.strerror}") from error
-    if not lines:
-        raise ConfigError(f"the problems file {path} is empty; make it with tools/prepare_livecodebench.py")
 
 
 def _checked(problem: Problem) -> Problem:
@@ -110,8 +115,18 @@ def half_of_tests(problem: Problem) -> tuple[int, ...]:
 
 
 def convert(path: Path, first: datetime.date | None = None, before: datetime.date | None = None) -> Iterator[Problem]:
-    """The problems of a copy of LiveCodeBench (JSON lines), of contests from ``first`` on and ``before`` a day."""
-    for problem in _lines(path, lambda line: _checked(problem_of_row(msgspec.json.decode(line, type=dict[str, Any])))):
+    """The problems of a copy of LiveCodeBench, of contests from ``first`` on and ``before`` a day.
+
+    The copy is a file of JSON lines, as it is published, or one that rows.py reads (parquet, arrow).
+    """
+    rows = read_rows([path])
+    if not len(rows):
+        raise ConfigError(f"{path} is empty; name a file of LiveCodeBench")
+    for place in range(len(rows)):
+        try:
+            problem = _checked(problem_of_row(rows[place]))
+        except (ConfigError, RowError) as error:
+            raise ConfigError(f"{rows.where(place)}: {error}") from error
         day = datetime.date.fromisoformat(problem.date)
         if (first is None or first <= day) and (before is None or day < before):
             yield problem
@@ -129,17 +144,28 @@ def problem_of_row(row: dict[str, Any]) -> Problem:
             function=function,
             starter_code=row["starter_code"] or "",
             difficulty=str(row.get("difficulty") or ""),
-            date=datetime.datetime.fromisoformat(row["contest_date"]).date().isoformat(),
+            date=datetime.datetime.fromisoformat(str(row["contest_date"])).date().isoformat(),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, pickle.UnpicklingError, zlib.error) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, zlib.error) as error:
         raise ConfigError(f"not a row of LiveCodeBench: {type(error).__name__}: {error}") from error
 
 
-class _OnlyText(pickle.Unpickler):
-    """A pickle of LiveCodeBench holds one string; anything that would call something is refused."""
+_TEXTS = ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
+_AROUND = ("PROTO", "FRAME", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "STOP")
+"""Instructions of a pickle that holds one text: those that make it, and those that mean nothing beside it."""
 
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
+
+def _pickled_text(data: bytes) -> str:
+    """The one text in a pickle, whose instructions are read and not carried out; ValueError for any other pickle."""
+    texts: list[str] = []
+    for instruction, argument, _ in pickletools.genops(data):
+        if instruction.name in _TEXTS and not texts:
+            texts.append(str(argument))
+        elif instruction.name not in _AROUND:
+            raise ValueError(f"its pickle is not one text: it goes on with {instruction.name}")
+    if not texts:
+        raise ValueError("its pickle is empty")
+    return texts[0]
 
 
 def _tests(text: str) -> tuple[Case, ...]:
@@ -148,5 +174,5 @@ def _tests(text: str) -> tuple[Case, ...]:
         cases = json.loads(text)
     except ValueError:
         packed = zlib.decompress(base64.b64decode(text, validate=True))
-        cases = json.loads(_OnlyText(io.BytesIO(packed)).load())
+        cases = json.loads(_pickled_text(packed))
     return tuple(Case(case["input"], case["output"]) for case in cases)

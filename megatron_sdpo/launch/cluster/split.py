@@ -74,6 +74,15 @@ def _check_whole_run(config: Config) -> None:
     for key, half in (("from_journal", config.debug.from_journal), ("rollout_only", config.debug.rollout_only)):
         if half:
             raise ConfigError(f"debug.{key} runs on one machine; leave it out, or use megatron-sdpo train")
+    for key, given in (
+        ("engine.release_memory", config.engine.release_memory),
+        ("publish.backend=ipc", config.publish.backend == "ipc"),
+    ):
+        if given:
+            raise ConfigError(
+                f"{key} is for engines on the trainer's own GPUs, but a job has nodes for each; leave it out, or use"
+                " megatron-sdpo train on one node"
+            )
 
 
 def _ranks_per_node(config: Config, site: Site) -> int:
