@@ -87,21 +87,23 @@ def _swiglu_kernel(
     rows: tl.constexpr,
     block: tl.constexpr,
 ):
-    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    first = tl.program_id(0).to(tl.int64) * rows
+    row = tl.arange(0, rows)
     column = tl.program_id(1) * block + tl.arange(0, block)
-    inside = (row < t)[:, None] & (column < f)[None, :]
-    place = row[:, None].to(tl.int64) * (2 * f) + column[None, :]
-    gate = tl.load(gates + place, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gates + place + f, mask=inside, other=0.0).to(tl.float32)
+    inside = (row < t - first)[:, None] & (column < f)[None, :]
+    own = gates + first * (2 * f)
+    place = row[:, None] * (2 * f) + column[None, :]
+    gate = tl.load(own + place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(own + f + place, mask=inside, other=0.0).to(tl.float32)
     # Rounded as if it had been written.
     numbers = (gate / (1.0 + tl.exp(-gate)) * up).to(gates.dtype.element_ty).to(tl.float32)
     factor = _factor(tl.max(tl.abs(numbers), 1), largest, most)
-    out = row[:, None].to(tl.int64) * f + column[None, :]
-    tl.store(codes + out, _codes(numbers * factor[:, None], largest), mask=inside)
+    out = row[:, None] * f + column[None, :]
+    tl.store(codes + first * f + out, _codes(numbers * factor[:, None], largest), mask=inside)
     tl.store(
-        scales + tl.program_id(1).to(tl.int64) * t + row,
+        scales + tl.program_id(1).to(tl.int64) * t + first + row,
         tl.div_rn(tl.zeros_like(factor) + 1.0, factor),
-        mask=row < t,
+        mask=row < t - first,
     )
 
 
@@ -121,19 +123,26 @@ def _norm_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     number = tl.arange(0, blocks)
-    column = number[:, None] * block + tl.arange(0, block)[None, :]
-    inside = column < h
-    wide = tl.load(x + row * h + column, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(tl.sum(wide * wide, 1), 0) / h
-    gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    numbers = (wide * tl.rsqrt(mean + eps) * gain).to(x.dtype.element_ty).to(tl.float32)
-    factor = _factor(tl.max(tl.abs(numbers), 1), largest, most)
-    tl.store(codes + row * h + column, _codes(numbers * factor[:, None], largest), mask=inside)
-    tl.store(
-        scales + number.to(tl.int64) * t + row,
-        tl.div_rn(tl.zeros_like(factor) + 1.0, factor),
-        mask=number * block < h,
-    )
+    inner = number[:, None] * block + tl.arange(0, block)[None, :]
+    own, made = x + row * h, codes + row * h
+    squares = tl.zeros([blocks, block], tl.float32)
+    for first in range(0, h, blocks * block):
+        wide = tl.load(own + first + inner, mask=first + inner < h, other=0.0).to(tl.float32)
+        squares += wide * wide
+    shrink = tl.rsqrt(tl.sum(tl.sum(squares, 1), 0) / h + eps)
+    for first in range(0, h, blocks * block):  # again, of what the caches have
+        inside = first + inner < h
+        wide = tl.load(own + first + inner, mask=inside, other=0.0).to(tl.float32)
+        gain = tl.load(weight + first + inner, mask=inside, other=0.0).to(tl.float32)
+        # Rounded as if it had been written.
+        numbers = (wide * shrink * gain).to(x.dtype.element_ty).to(tl.float32)
+        factor = _factor(tl.max(tl.abs(numbers), 1), largest, most)
+        tl.store(made + first + inner, _codes(numbers * factor[:, None], largest), mask=inside)
+        tl.store(
+            scales + row + (first // block + number).to(tl.int64) * t,
+            tl.div_rn(tl.zeros_like(factor) + 1.0, factor),
+            mask=first + number * block < h,
+        )
 
 
 def quantized_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,8 +175,9 @@ def quantized_swiglu(gates_T2F: Tensor) -> tuple[Tensor, Tensor]:
     blocks = triton.cdiv(f, BLOCK)
     codes = gates_T2F.new_empty((t, f), dtype=torch.float8_e4m3fn)
     scales = gates_T2F.new_empty((blocks, t), dtype=torch.float32)
-    _swiglu_kernel[(triton.cdiv(t, ROWS), blocks)](
-        gates_T2F, codes, scales, t, f, largest=448.0, most=3.4028234663852886e38, rows=ROWS, block=BLOCK
+    rows = ROWS // 2  # of two inputs
+    _swiglu_kernel[(triton.cdiv(t, rows), blocks)](
+        gates_T2F, codes, scales, t, f, largest=448.0, most=3.4028234663852886e38, rows=rows, block=BLOCK, num_warps=8
     )
     return codes, scales
 
@@ -175,15 +185,14 @@ def quantized_swiglu(gates_T2F: Tensor) -> tuple[Tensor, Tensor]:
 def quantized_rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As ``quantization.quantized_rms_norm``, of contiguous tensors on a GPU. Not yet run on a GPU."""
     t, h = x_TH.shape
-    blocks = triton.cdiv(h, BLOCK)
     codes = torch.empty_like(x_TH, dtype=torch.float8_e4m3fn)
-    scales = x_TH.new_empty((blocks, t), dtype=torch.float32)
+    scales = x_TH.new_empty((triton.cdiv(h, BLOCK), t), dtype=torch.float32)
     _norm_kernel[(t,)](
         *(x_TH, weight_H, codes, scales, t, h, eps),
         largest=448.0,
         most=3.4028234663852886e38,
-        blocks=triton.next_power_of_2(blocks),
+        blocks=8,
         block=BLOCK,
-        num_warps=8 if blocks > 16 else 4,
+        num_warps=4,
     )
     return codes, scales

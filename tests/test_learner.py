@@ -209,6 +209,29 @@ def _trained(folder: Path, groups: ParallelGroups, batch: Batch, teacher: Path |
     return learn(make_learner(make_config(folder / "llama"), groups, teacher), batch)
 
 
+@pytest.mark.parametrize(("model", "dtype"), [("llama", "bfloat16"), ("qwen3-tied", "float32")])
+def test_the_heads_gradient_is_in_the_buffer_when_the_loss_is_there(
+    folder: Path, groups: ParallelGroups, model: str, dtype: str
+) -> None:
+    """None of the head's is handed out; a tied embedding adds its own in the backward pass."""
+    learner = make_learner(make_config(folder / model, (f"model.dtype={dtype}",)), groups)
+    batch, weight = make_batch(), cast(Any, learner.model.head())
+    student = learner.score_student(batch)
+    teacher = learner.score_teacher(batch, student)
+    micro_batches, on_hidden = learner._passes(batch, range(len(batch.samples)), student, teacher)
+    of_head = []
+
+    def watched(micro_batch: batching.MicroBatch, hidden_NH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        found = on_hidden(micro_batch, hidden_NH)
+        of_head.append(weight.main_grad.clone())
+        return found
+
+    learner._accumulate(micro_batches, watched)
+    assert len(of_head) == 1 and of_head[0].dtype == torch.float32 and of_head[0].norm() > 0
+    assert torch.equal(of_head[0], weight.main_grad) == (model == "llama")
+    assert weight.grad is None
+
+
 def test_a_teacher_that_knows_no_more_teaches_nothing(folder: Path, groups: ParallelGroups) -> None:
     batch = make_batch()
     same = tuple(dataclasses.replace(s, teacher_prompt_ids=s.prompt_ids) for s in batch.samples)

@@ -150,6 +150,24 @@ def test_what_an_engine_holds() -> None:
     assert kv_bytes(architecture("Qwen3-30B-A3B"), 2, 8) == kv_bytes(architecture("Qwen3-30B-A3B"), 2, 4)
 
 
+def test_an_engine_in_fp8_holds_reads_and_is_sent_half_of_the_layers() -> None:
+    """All linears of 36 layers, of which 4 are kept; the norms, the embedding and the head are as they were."""
+    layout = ("Qwen3-8B", "tp2sppp1dp4do", 2, "engine.count=8")
+    plain, found, ends = (
+        planned(*layout, *more)
+        for more in ((), ("engine.fp8=blockwise",), ("engine.fp8=blockwise", "fp8.high_precision_layers=2", *FP8))
+    )
+    linear = 4096 * (32 + 2 * 8) * 128 + 32 * 128 * 4096 + 3 * 4096 * 12288
+    saved = linear * (2 - 1 - 4 / 128**2)
+    assert plain.engine.weights - found.engine.weights == pytest.approx(36 * saved, rel=1e-6)
+    assert plain.engine.weights - ends.engine.weights == pytest.approx(32 * saved, rel=1e-6)
+    assert plain.sync_bytes - found.sync_bytes == pytest.approx(36 * saved, rel=1e-6)
+    assert found.engine.cache - plain.engine.cache == pytest.approx(36 * saved, rel=1e-6)
+    assert found.time.generate < plain.time.generate and found.time.sync < 0.6 * plain.time.sync
+    experts = planned("Qwen3-30B-A3B", "pp2ep4dp8do", 3, "engine.count=8", "engine.fp8=blockwise").engine.weights
+    assert experts < 0.53 * model_bytes(architecture("Qwen3-30B-A3B"), 2)
+
+
 def test_few_sequences_meet_few_experts() -> None:
     """A step of one sequence reads 8 of 128 experts; 256 sequences meet all but e^-16 of them."""
 

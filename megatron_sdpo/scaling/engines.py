@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_sdpo.config import Config
 from megatron_sdpo.flops import Tokens, forward_flops, layer_parameters
+from megatron_sdpo.fp8_format import BLOCK, is_quantized
 from megatron_sdpo.mcore import names
 from megatron_sdpo.scaling.assumed import Lengths, Reach
 from megatron_sdpo.scaling.hardware import Gpu
@@ -20,6 +21,8 @@ from megatron_sdpo.scaling.memory import BYTES
 
 SHARE = 0.85
 """Of a GPU that an engine's weights and cache may take; SGLang leaves about so much to its passes and CUDA graphs."""
+WEIGHT_BYTES = 1 + 4 / BLOCK**2
+"""Of a weight in block FP8, with its part of a scale. Products with it are planned as if they were bf16's."""
 RESIDUE = 2_000_000_000
 """Bytes that a colocated engine keeps of a GPU while the trainer works: its context and graphs. An assumption."""
 
@@ -48,14 +51,29 @@ class EngineMemory:
 
 def model_bytes(hf_config: Mapping[str, Any], width: int) -> int:
     """Of all weights, as the checkpoint has them."""
-    return width * sum(_weights(hf_config))
+    return round(sum(_weight_bytes(hf_config, width)))
 
 
-def _weights(hf_config: Mapping[str, Any]) -> tuple[int, int]:
-    """Numbers in the weights that every token meets, and in the experts."""
-    met, experts = 0, 0
+def engine_bytes(config: Config, hf_config: Mapping[str, Any]) -> int:
+    """Of all weights, as engines hold them and are sent them."""
+    return round(sum(_engine_weights(config, hf_config)))
+
+
+def _engine_weights(config: Config, hf_config: Mapping[str, Any]) -> tuple[float, float]:
+    kept = config.fp8.high_precision_layers if config.engine.fp8 == "blockwise" else None
+    return _weight_bytes(hf_config, BYTES[config.model.dtype], kept)
+
+
+def _weight_bytes(hf_config: Mapping[str, Any], width: int, kept: int | None = None) -> tuple[float, float]:
+    """Of the weights that every token meets, and of the experts.
+
+    With ``kept`` the linears of all but so many layers at each end are in block FP8.
+    """
+    met, experts, layers = 0.0, 0.0, hf_config["num_hidden_layers"]
     for tensor in names.hf_layout({**hf_config, "num_hidden_layers": 1}).values():  # all layers are alike
-        size = prod(tensor.shape) * (1 if tensor.layer is None else hf_config["num_hidden_layers"])
+        count = 1 if tensor.layer is None else layers
+        in_fp8 = 0 if kept is None or not is_quantized(tensor.name, 1, 0) else max(0, layers - 2 * kept)
+        size = prod(tensor.shape) * ((count - in_fp8) * width + in_fp8 * WEIGHT_BYTES)
         if tensor.expert is None:
             met += size
         else:
@@ -63,13 +81,13 @@ def _weights(hf_config: Mapping[str, Any]) -> tuple[int, int]:
     return met, experts
 
 
-def _read(hf_config: Mapping[str, Any], sequences: int, width: int) -> float:
+def _read(config: Config, hf_config: Mapping[str, Any], sequences: int) -> float:
     """Bytes of weights that a decoding step reads: of the experts those that a token of some sequence goes to."""
-    met, experts = _weights(hf_config)
+    met, experts = _engine_weights(config, hf_config)
     if experts:
         passed_by = (1 - hf_config["num_experts_per_tok"] / hf_config["num_experts"]) ** sequences
         experts *= 1 - passed_by
-    return width * (met + experts)
+    return met + experts
 
 
 def kv_bytes(hf_config: Mapping[str, Any], width: int, tensor_parallel: int = 1) -> int:
@@ -83,7 +101,7 @@ def engine_memory(
 ) -> EngineMemory:
     """``beside``: bytes of the GPU that are not the engine's."""
     engine, width = config.engine, BYTES[config.model.dtype]
-    weights = model_bytes(hf_config, width) // engine.tensor_parallel
+    weights = engine_bytes(config, hf_config) // engine.tensor_parallel
     cache = max(0, int(gpu.memory_gb * 1e9 * SHARE) - weights - beside)
     tokens = cache // kv_bytes(hf_config, width, engine.tensor_parallel)
     if engine.max_total_tokens is not None:
@@ -110,7 +128,7 @@ def generation_seconds(
 
     def decoding(sequences: int, context: float) -> float:
         active = 2 * sequences * hf_config["num_hidden_layers"] * layer_parameters(hf_config)
-        read = _read(hf_config, sequences, width) + sequences * context * cached
+        read = _read(config, hf_config, sequences) + sequences * context * cached
         return max(read / speed, active / compute)
 
     prompts = rollout.prompts_per_step

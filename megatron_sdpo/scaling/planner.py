@@ -8,9 +8,9 @@ from typing import Any
 from megatron_sdpo.config import Config, ConfigError, LayoutConfig, check
 from megatron_sdpo.hf_config import check_model
 from megatron_sdpo.scaling.assumed import Lengths, Reach
-from megatron_sdpo.scaling.engines import RESIDUE, EngineMemory, Sharing, engine_memory, model_bytes
+from megatron_sdpo.scaling.engines import RESIDUE, EngineMemory, Sharing, engine_bytes, engine_memory
 from megatron_sdpo.scaling.hardware import Gpu
-from megatron_sdpo.scaling.memory import BYTES, RankMemory, multiplies_fp8, rank_memory
+from megatron_sdpo.scaling.memory import RankMemory, multiplies_fp8, rank_memory
 from megatron_sdpo.scaling.timing import GPUS_PER_NODE, StepFlops, StepTime, step_flops, step_time
 
 USABLE = 0.9
@@ -71,7 +71,7 @@ def plan(
         rank=ranks[stage],
         engine=engine,
         flops=step_flops(config, hf_config, lengths),
-        sync_bytes=model_bytes(hf_config, BYTES[config.model.dtype]),
+        sync_bytes=engine_bytes(config, hf_config),
         time=step_time(config, hf_config, gpu, lengths, reach, engine.sequences, sharing),
         gpus=gpus,
         sharing=sharing,

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_sdpo.config import Config, Fp8Kind
 from megatron_sdpo.flops import Tokens, forward_flops, layer_parameters
 from megatron_sdpo.scaling.assumed import Lengths, Reach
-from megatron_sdpo.scaling.engines import Sharing, generation_seconds, kv_bytes, model_bytes
+from megatron_sdpo.scaling.engines import Sharing, engine_bytes, generation_seconds, kv_bytes
 from megatron_sdpo.scaling.hardware import Gpu
 from megatron_sdpo.scaling.memory import BYTES, fp8_layers, held, multiplies_fp8
 
@@ -186,7 +186,7 @@ def _exchange(config: Config, hf_config: Mapping[str, Any], gpu: Gpu, reach: Rea
 
 def _sync(config: Config, hf_config: Mapping[str, Any], gpu: Gpu, reach: Reach, sharing: Sharing) -> float:
     """Every pipeline rank's first tensor rank broadcasts its layers to all engines."""
-    bytes_ = model_bytes(hf_config, BYTES[config.model.dtype])
+    bytes_ = engine_bytes(config, hf_config)
     gpus = config.layout.world_size + config.engine.count * config.engine.tensor_parallel
     within = sharing is Sharing.COLOCATED or gpus <= GPUS_PER_NODE
     speed = gpu.link_gb_s if within else gpu.network_gb_s

@@ -88,6 +88,22 @@ def given_norms_and_units() -> Iterator[None]:
         fp8_codes._scoring = before
 
 
+@contextmanager
+def counted_codes() -> Iterator[list[torch.Size]]:
+    """Shapes of what is written as codes within the block."""
+    before, shapes = fp8_codes._as_tensor, []
+
+    def counted(codes: torch.Tensor, *rest: Any) -> Any:
+        shapes.append(codes.shape)
+        return before(codes, *rest)
+
+    fp8_codes._as_tensor = counted
+    try:
+        yield shapes
+    finally:
+        fp8_codes._as_tensor = before
+
+
 def launches(work: Callable[[], object]) -> list[Launched]:
     """Of the kernels, copies and fills that ``work`` runs on the GPU; the longest first."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
