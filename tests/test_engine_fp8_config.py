@@ -14,6 +14,7 @@ from megatron_sdpo.fp8_format import check_engines as check_in_fp8
 from megatron_sdpo.hf_config import check_model, read_hf_config
 from megatron_sdpo.launch.planning import PUBLISHED
 from megatron_sdpo.launch.preflight import check_engines, check_run
+from megatron_sdpo.rollout import cpu_fp8
 from megatron_sdpo.rollout.fleet import fp8_arguments
 from recipes import recipe
 from tests.tiny_model import write_byte_checkpoint
@@ -156,6 +157,14 @@ def test_what_an_engine_is_told(model: Path, in_fp8: Path) -> None:
     name, _, said = override.partition("=")
     assert name == "--json-model-override-args"
     assert json.loads(said) == {"quantization_config": quantization_config(read_hf_config(model), 1)}
+
+
+def test_an_engine_on_a_cpu_sees_that_it_is_in_fp8(model: Path, in_fp8: Path) -> None:
+    told = fp8_arguments(of(model, FP8))
+    assert cpu_fp8.is_asked_for([f"--model-path={model}", *told, "--skip-tokenizer-init"])
+    assert cpu_fp8.is_asked_for([f"--model-path={in_fp8}"])
+    assert not cpu_fp8.is_asked_for([f"--model-path={model}", "--skip-tokenizer-init"])
+    assert not cpu_fp8.is_asked_for([])
 
 
 def test_blocks_of_a_model_in_fp8_whatever_the_recipe_says(in_fp8: Path) -> None:

@@ -7,8 +7,10 @@
 ``engine_main``         the process of one engine: SGLang's own server, unmodified
 ``router_main``         the process of the router: sglang-router's own launcher, unmodified
 ``cpu_platform``        what SGLang's wheel needs to run on a machine without CUDA
+``cpu_sampling``        there: samples that follow from a seed
+``cpu_fp8``             there: the products of layers in block FP8
 ``lifeline``            ties a process to the one that started it
 ======================  ==============================================================================
 
-Only ``engine_main`` and ``cpu_platform`` load SGLang and torch; the rest stays small enough for the coordinator.
+Only ``engine_main`` and the ``cpu_`` files load SGLang and torch; the rest stays small enough for the coordinator.
 """
