@@ -86,7 +86,7 @@ def test_the_sections_measure_what_they_say_on_a_cpu_too(monkeypatch: pytest.Mon
     own, added = last_layer.memory_of(last_layer.LastLayer(256, 64, 3001, 20))[1:3]
     assert float(str(own.found).split(", ")[1]) > 0.2 and added.good is True
 
-    monkeypatch.setattr(publishing.Pinned, "HALF", 1000)
-    weights = [(f"layers.{i}.proj.weight", torch.randn(130, 96).bfloat16()) for i in range(3)]
-    found = publishing.rates([lambda: weights[:2], lambda: weights[2:]])
-    assert len(found) == 12 and found[-1].good is True
+    weights = [(f"model.layers.{i}.mlp.up_proj.weight", torch.randn(130, 96).bfloat16()) for i in range(3)]
+    found = publishing.rates({"num_hidden_layers": 3}, [lambda: weights[:2], lambda: weights[2:]])
+    assert str(found[0].found) == f"{3 * 130 * 96 * 2}, 2, 3" and len(found) == 10
+    assert all(float(str(one.found).split(", ")[0]) > 0 for one in found[1:])
