@@ -11,12 +11,12 @@ MODEL = "Llama-3.3-70B"
 
 
 def on_16_nodes() -> Config:
-    """One copy on 64 GPUs, eight engines of eight: planned 64.8 GB a trainer rank, 96 s a step of 128 questions x 8."""
+    """One copy on 64 GPUs, eight engines of eight: planned 64.7 GB a trainer rank, 96 s a step of 128 questions x 8."""
     return large.sdpo("llama3.3-70b-sdpo-16n", MODEL, "blockwise", copies=1)
 
 
 def on_32_nodes() -> Config:
-    """Two copies on 128 GPUs, sixteen engines of eight: planned 55.2 GB, 96 s a step of 256 questions x 8."""
+    """Two copies on 128 GPUs, sixteen engines of eight: planned 55.1 GB, 96 s a step of 256 questions x 8."""
     return large.sdpo("llama3.3-70b-sdpo-32n", MODEL, "blockwise", copies=2)
 
 

@@ -11,12 +11,12 @@ MODEL = "Qwen2.5-72B"
 
 
 def on_16_nodes() -> Config:
-    """One copy on 64 GPUs, eight engines of eight: planned 66.8 GB a trainer rank, 99 s a step of 128 questions x 8."""
+    """One copy on 64 GPUs, eight engines of eight: planned 66.7 GB a trainer rank, 99 s a step of 128 questions x 8."""
     return large.sdpo("qwen2.5-72b-sdpo-16n", MODEL, "tensorwise", copies=1)
 
 
 def on_32_nodes() -> Config:
-    """Two copies on 128 GPUs, sixteen engines of eight: planned 56.8 GB, 99 s a step of 256 questions x 8."""
+    """Two copies on 128 GPUs, sixteen engines of eight: planned 56.7 GB, 99 s a step of 256 questions x 8."""
     return large.sdpo("qwen2.5-72b-sdpo-32n", MODEL, "tensorwise", copies=2)
 
 

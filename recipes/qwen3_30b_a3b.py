@@ -10,7 +10,7 @@ from recipes import _paper as paper
 
 
 def sdpo() -> Config:
-    """The paper's settings without rich feedback, on SciKnowEval chemistry: planned 64.2 GB, 62 s a step."""
+    """The paper's settings without rich feedback, on SciKnowEval chemistry: planned 64.1 GB, 62 s a step."""
     return Config(
         name="qwen3-30b-a3b-sdpo",
         run_dir="runs/qwen3-30b-a3b-sdpo",

@@ -124,6 +124,19 @@ def test_a_sweep_has_a_run_for_each_point_in_a_directory_of_its_own(tmp_path: Pa
 
 @ABSENT
 @pytest.mark.nemo
+def test_a_pipeline_evaluates_what_it_exports_in_full_precision(tmp_path: Path) -> None:
+    found = program(
+        tmp_path,
+        "import json\nfrom megatron_sdpo.launch.nemo_experiments import partial, pipeline, configuration_of\n"
+        "steps = pipeline(partial('minipipe', overrides=['engine.fp8=blockwise', 'steps=2'], run_dir='runs/p'))\n"
+        "made = [configuration_of(steps[name].task) for name in ('train', 'evaluate')]\n"
+        "print(json.dumps([[c.engine.fp8, c.steps] for c in made]))",
+    )
+    assert found == [["blockwise", 2], ["off", 2]]
+
+
+@ABSENT
+@pytest.mark.nemo
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

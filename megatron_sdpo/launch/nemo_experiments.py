@@ -95,6 +95,8 @@ def pipeline(task: run.Partial, source: str = "") -> dict[str, Step]:
         task.overrides = [*(getattr(task, "overrides", None) or ()), f"model.path={json.dumps(str(model))}"]
     steps["train"] = Step(task, _record(run_dir, "train"), after=tuple(steps))
     asked = {k: v for k, v in task.__arguments__.items() if k in ("recipe", "config", "overrides", "layout")}
+    if config.engine.fp8 != "off":  # what a run exports is in full precision
+        asked["overrides"] = [*(asked.get("overrides") or ()), "engine.fp8=off"]
     steps["evaluate"] = Step(
         run.Partial(evaluate, **asked, model=str(run_dir / "hf")),
         _record(run_dir, "evaluate"),

@@ -242,7 +242,7 @@ class Learner:
     def log_probs(self, ids: Sequence[int]) -> list[float]:
         """Natural log-probs of ``ids[1:]``, each given those before it, under the current weights; on every rank.
 
-        In model.dtype, as the engines compute, whatever the passes' precision is.
+        In model.dtype whatever the passes' precision is, unless the caller's ``precision`` is another.
         """
         sequences = [[(0, ids[:1], ids[1:])], *[[]] * (self._count_multiple - 1)]
         probe = [batching.pack(held, self.device, self.row) for held in sequences]

@@ -311,7 +311,9 @@ def _backward(config: Config, hf_config: Mapping[str, Any], tokens: int, on_cpu:
     """Gradients alive in the backward pass of one MLP, and the layers that are computed again for it."""
     inner = hf_config.get("moe_intermediate_size", 0) * hf_config.get("num_experts_per_tok", 0)
     inner = max(inner, 0 if inner else hf_config["intermediate_size"])
-    bytes_ = BYTES[config.model.dtype] * (hf_config["hidden_size"] + 4 * inner / config.layout.tensor_parallel)
+    # On a GPU the gated unit's backward pass is one kernel, before which the second product has let go of its input.
+    units = (4 if on_cpu else 2) * inner / config.layout.tensor_parallel
+    bytes_ = BYTES[config.model.dtype] * (hf_config["hidden_size"] + units)
     if config.layout.recompute == "full" and config.layout.recompute_method == "uniform":
         # With block the layers that are computed again come last, when the others have let go of theirs.
         whole, _ = _token_bytes(config, hf_config, range(hf_config["num_hidden_layers"]), on_cpu)
