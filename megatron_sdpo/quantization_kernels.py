@@ -170,7 +170,7 @@ def quantized_blocks(w_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantized_swiglu(gates_T2F: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``quantization.quantized_swiglu``, of a contiguous tensor on a GPU. Not yet run on a GPU."""
+    """As ``quantization.quantized_swiglu``, of a contiguous tensor on a GPU."""
     t, f = gates_T2F.shape[0], gates_T2F.shape[1] // 2
     blocks = triton.cdiv(f, BLOCK)
     codes = gates_T2F.new_empty((t, f), dtype=torch.float8_e4m3fn)
@@ -183,7 +183,7 @@ def quantized_swiglu(gates_T2F: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantized_rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As ``quantization.quantized_rms_norm``, of contiguous tensors on a GPU. Not yet run on a GPU."""
+    """As ``quantization.quantized_rms_norm``, of contiguous tensors on a GPU."""
     t, h = x_TH.shape
     codes = torch.empty_like(x_TH, dtype=torch.float8_e4m3fn)
     scales = x_TH.new_empty((triton.cdiv(h, BLOCK), t), dtype=torch.float32)

@@ -184,10 +184,7 @@ def gradient(
 
 
 def run_maxima(logits_TV: Tensor, runs: int, run: int) -> Tensor:
-    """The largest logit of each of the first runs of ``run`` columns, a power of two: fp32 ``[T, runs]``.
-
-    Not yet run on a GPU.
-    """
+    """The largest logit of each of the first runs of ``run`` columns, a power of two: fp32 ``[T, runs]``."""
     maxima = torch.empty(len(logits_TV), runs, dtype=torch.float32, device=logits_TV.device)
     _runs_kernel[(len(logits_TV),)](
         logits_TV, maxima, runs, logits_TV.stride(0), run=run, columns=max(run, COLUMNS), num_warps=8
@@ -198,7 +195,7 @@ def run_maxima(logits_TV: Tensor, runs: int, run: int) -> Tensor:
 def largest_keys(numbers_TN: Tensor, ids_TN: Tensor, k: int) -> Tensor:
     """The k largest keys of each row (``vocabulary._keys``), largest first, int64 [T, k]; of at most ``MOST`` numbers.
 
-    ``ids``: int64; rows may be one and the same. Not yet run on a GPU.
+    ``ids``: int64; rows may be one and the same.
     """
     rows, n = numbers_TN.shape
     found = torch.empty(rows, k, dtype=torch.int64, device=numbers_TN.device)

@@ -79,6 +79,19 @@ def test_time_of_kernels_is_put_together_by_operator_and_by_kind() -> None:
     assert name == "nvjet_tst<8>" and "60.0%" in shown and "by aten::mm" in shown
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_engines_are_published_to_by_every_way_of_this_machine() -> None:
+    from gpu_sections.engines import engines
+
+    found = {one.what: one for one in engines()}
+    for fp8 in ("off", "blockwise"):
+        for backend in ("ipc", "gloo"):
+            assert found[f"{backend}, engine's fp8 {fp8}: probe gap"].good is True
+    sizes = [float(str(found[f"ipc, engine's fp8 {fp8}: MB, s"].found).split(",")[0]) for fp8 in ("off", "blockwise")]
+    assert 0.5 < sizes[1] / sizes[0] < 0.7  # embedding and head stay as they are
+
+
 def test_the_sections_measure_what_they_say_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from gpu_sections import last_layer, publishing
 

@@ -209,9 +209,11 @@ def test_colocated_engines_have_what_the_trainer_leaves() -> None:
     ahead = apply_overrides(config, ["rollout.max_staleness=1"])
     time = planner.plan(ahead, hf, 2, H100, LENGTHS, Reach(), Sharing.COLOCATED).time
     assert time.total == time.generate + time.trainer  # they cannot overlap
-    assert "no configuration key does it" in page(shared, 2, Reach(), [])
+    assert "take turns on the same GPUs, as engine.release_memory" in page(shared, 2, Reach(), [])
     text = plan_words(config, 2, "h100-80gb", "Qwen3-14B", (256, 2048, 2304), suggest=False, colocated=True)
     assert text == page(shared, 2, Reach(), [] if shared.fits else planner.changes(shared, hf, 2, Reach()))
+    so_set = apply_overrides(config, ["engine.release_memory=true", "publish.backend=ipc"])
+    assert plan_words(so_set, 2, "h100-80gb", "Qwen3-14B", (256, 2048, 2304), suggest=False) == text
 
 
 def test_flops_are_those_of_a_run() -> None:

@@ -4,7 +4,8 @@
 
 Without names all sections run, ``--jobs`` at a time, each in a process of its own that is ended after ``--limit``
 seconds, so that one that crashes or hangs leaves the others alone. Exit code 0 when every bound holds. Nothing is
-downloaded and no engine is needed. It wants a Hopper GPU, torch with CUDA, megatron-core and Transformer Engine.
+downloaded; ``engines`` says so where no SGLang is installed. It wants a Hopper GPU, torch with CUDA, megatron-core and
+Transformer Engine.
 """
 
 import argparse
@@ -33,6 +34,7 @@ SECTIONS = {
     "memory": "gpu_sections.training:memory",
     "minipipe": "gpu_sections.training:minipipe_plain",
     "minipipe-fp8": "gpu_sections.training:minipipe_fp8",
+    "engines": "gpu_sections.engines:engines",
 }
 
 

@@ -18,7 +18,7 @@ def add_plan(commands: Commands) -> None:
     command.add_argument("--gpu", default="h100-80gb", help="a100-80gb, h100-80gb, h200-141gb, b200-180gb")
     command.add_argument("--architecture", help="a published model by name, or a directory with a config.json")
     command.add_argument(
-        "--colocated", action="store_true", help="as if engines and trainer took turns on the same GPUs (a plan only)"
+        "--colocated", action="store_true", help="as if engines and trainer took turns on the same GPUs"
     )
     command.add_argument("--suggest", action="store_true", help="rank the layouts of as many trainer ranks")
     for name in ("prompt", "response", "teacher-prompt"):

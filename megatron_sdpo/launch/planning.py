@@ -50,7 +50,7 @@ def plan_words(
     colocated: bool = False,
 ) -> str:
     """What to print. ``lengths``: of prompt, response, teacher prompt; None takes the usual. ``colocated``: as if the
-    engines took turns with the trainer on its GPUs."""
+    engines took turns with the trainer on its GPUs, as engine.release_memory has them do."""
     for option, number in zip(("nodes", *_LENGTHS), (nodes, *lengths), strict=True):
         if number is not None and number < 1:
             raise ConfigError(f"--{option} is {number}; it must be at least 1")
@@ -64,7 +64,7 @@ def plan_words(
     defaults = (usual.prompt, usual.response, usual.teacher_prompt)
     mean = Lengths(*(default if n is None else n for n, default in zip(lengths, defaults, strict=True)))
     device, reach = gpu_of(gpu), Reach()
-    sharing = Sharing.COLOCATED if colocated else Sharing.SEPARATE
+    sharing = Sharing.COLOCATED if colocated or config.engine.release_memory else Sharing.SEPARATE
     if suggest:
         return ranking(planner.suggest(config, hf_config, nodes, device, mean, reach, sharing), MOST)
     found = planner.plan(config, hf_config, nodes, device, mean, reach, sharing)

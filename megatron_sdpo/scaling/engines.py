@@ -1,8 +1,8 @@
 """What an engine holds and how fast it generates: weights, keys and values, how many sequences at once, seconds.
 
-Engines have GPUs of their own. ``Sharing.COLOCATED`` plans what the configuration does not offer yet: engines and
-trainer ranks take turns on the same GPUs, the trainer keeps what it holds between its passes, the engines give back
-weights and cache while it trains. No number here has been compared with an engine on a GPU.
+Engines have GPUs of their own. ``Sharing.COLOCATED`` plans engines and trainer ranks that take turns on the same GPUs
+(engine.release_memory, on one node): the trainer keeps what it holds between its passes, the engines give back weights
+and cache while it trains. No number here has been compared with an engine on a GPU.
 """
 
 from collections.abc import Mapping

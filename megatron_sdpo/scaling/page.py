@@ -70,8 +70,9 @@ def _sharing_lines(plan: Plan) -> list[str]:
     if plan.sharing is Sharing.SEPARATE:
         return []
     return [
-        "colocated: engines and trainer ranks take turns on the same GPUs; a plan only, no configuration key does it"
-        f" yet. An engine is assumed to keep {RESIDUE / 1e9:.0f} GB while the trainer works"
+        "colocated: engines and trainer ranks take turns on the same GPUs, as engine.release_memory and"
+        " publish.backend=ipc have them do on one node; more nodes are a plan only. An engine is assumed to keep"
+        f" {RESIDUE / 1e9:.0f} GB while the trainer works"
     ]
 
 
