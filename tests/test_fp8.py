@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_sdpo.config import ConfigError, Fp8Config
 from megatron_sdpo.launch.preflight import check_fp8
-from megatron_sdpo.mcore import fp8
+from megatron_sdpo.mcore import fp8, fp8_codes
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.types import Batch
@@ -49,6 +49,20 @@ def test_the_switch_is_the_passs(model: Path, groups: ParallelGroups) -> None:
     student, teacher = says(only_teacher, batch)
     assert torch.equal(student, exact)
     assert not torch.equal(teacher(), says(plain, batch)[1]())
+
+
+def test_only_a_teachers_passes_write_codes_at_once(model: Path, groups: ParallelGroups) -> None:
+    """The student's old log-probs stand for those of its training passes, which cannot."""
+    learner, batch = learner_of(model, groups, *BOTH), make_batch()
+    asked: list[bool] = []
+    decoder: Any = learner.precision._stages[0].decoder
+    decoder.register_forward_pre_hook(lambda *_: asked.append(fp8_codes._asked))
+    student = learner.score_student(batch)
+    learner.train(batch, student, learner.score_teacher(batch, student))
+    assert asked.count(True) == 2, "the floor's, and the teacher's own"
+    asked.clear()
+    learner.train(batch, learner.score_student(batch), learner.score_teacher(batch, student))
+    assert asked == [False, True, False] and not fp8_codes._asked
 
 
 def test_some_layers_stay_out(model: Path, groups: ParallelGroups) -> None:

@@ -8,7 +8,7 @@ modules.py          packed rows, and causal attention for CPUs
 rotary.py           rotary frequencies of a config
 experts.py          mixtures of experts, also where tensor ranks hold the same tokens
 fp8.py              the precision of each pass: Transformer Engine's FP8, or its emulation
-fp8_codes.py        scoring in FP8: codes written at once
+fp8_codes.py        a teacher's passes in FP8: codes written at once
 model.py            Hugging Face config -> Megatron config -> a rank's stages of the model
 names.py            pure: Hugging Face names <-> Megatron parameters and their shards; no megatron
 hf.py               Hugging Face checkpoints into the local shard, and back to disk

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_sdpo.config import ConfigError, Fp8Config, Fp8Kind
+from megatron_sdpo.mcore.fp8_codes import written_at_once
 from megatron_sdpo.quantization import BLOCK, BlockLinear
 
 INSTALL = "install the extra gpu (transformer-engine 2.11) on a machine with a Hopper GPU"
@@ -64,13 +65,17 @@ class Precision:
                     self._linears += [module for module in layer.modules() if isinstance(module, _Emulated)]
 
     @contextmanager
-    def of(self, kind: Fp8Kind) -> Iterator[None]:
-        """Within the block passes run in FP8 of this kind, which the model was built for, or (off) in model.dtype."""
+    def of(self, kind: Fp8Kind, at_once: bool = False) -> Iterator[None]:
+        """Within the block passes run in FP8 of this kind, which the model was built for, or (off) in model.dtype.
+
+        ``at_once``: faster where no backward pass follows, and a little differently rounded (fp8_codes.py).
+        """
         if kind not in ("off", *self.fp8.kinds):
             raise ValueError(f"the model was built for fp8 {self.fp8.kinds}, not for {kind}")
         self._switch(kind)
         try:
-            yield
+            with written_at_once(at_once):
+                yield
         finally:
             self._switch("off")
 

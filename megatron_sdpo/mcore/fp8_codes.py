@@ -1,13 +1,15 @@
-"""Scoring passes in blockwise FP8 write codes at once, where Transformer Engine writes numbers and reads them again.
+"""A teacher's passes in blockwise FP8 write codes at once; Transformer Engine writes numbers and reads them again.
 
 Its norm and its gated unit write bf16, from which a second kernel makes the codes that the next product takes. Where
 no backward pass wants anything else, one kernel does both (``quantization.quantized_rms_norm``, ``quantized_swiglu``),
-with the same roundings. Training passes, other precisions and whatever fits no blocks of 128 go the usual way.
+with nearly the same roundings. The student's scoring passes go the way of its training passes, whose log-probs they
+stand for; so do other precisions, and whatever fits no blocks of 128.
 
 Written for Transformer Engine 2.11.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,8 +19,21 @@ from torch import Tensor
 
 from megatron_sdpo.quantization import BLOCK, quantized_rms_norm, quantized_swiglu
 
+_asked = False
 
-def write_codes_when_scoring(layers: Any) -> None:
+
+@contextmanager
+def written_at_once(asked: bool = True) -> Iterator[None]:
+    """Within the block passes that nobody differentiates may write codes at once."""
+    global _asked
+    before, _asked = _asked, asked
+    try:
+        yield
+    finally:
+        _asked = before
+
+
+def write_codes_when_asked(layers: Any) -> None:
     """Of these layers, made of Transformer Engine's modules; its norms before a linear are replaced everywhere."""
     from transformer_engine.pytorch.module import layernorm_linear
 
@@ -31,12 +46,14 @@ def write_codes_when_scoring(layers: Any) -> None:
             mlp.forward = partial(_mlp, mlp, mlp.forward)
 
 
-def _scoring() -> bool:
-    """Whether a pass is under way that nobody will differentiate, in blockwise FP8."""
+def _at_once() -> bool:
+    """Whether it was asked for, in a pass that nobody will differentiate, in blockwise FP8."""
+    if not _asked or torch.is_grad_enabled():
+        return False
     from transformer_engine.pytorch.distributed import is_fp8_activation_recompute_enabled
     from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
-    if torch.is_grad_enabled() or not FP8GlobalStateManager.is_fp8_enabled():
+    if not FP8GlobalStateManager.is_fp8_enabled():
         return False
     # What is computed again for a backward pass is computed first without one.
     return FP8GlobalStateManager.get_fp8_recipe().float8_block_scaling() and not is_fp8_activation_recompute_enabled()
@@ -47,7 +64,7 @@ def _mlp(
 ) -> Any:
     """Megatron's, whose gated unit becomes codes on the way."""
     units = mlp.linear_fc2.weight.shape[1]
-    if per_token_scale is not None or mlp.config.add_bias_linear or units % BLOCK or not _scoring():
+    if per_token_scale is not None or mlp.config.add_bias_linear or units % BLOCK or not _at_once():
         return given(hidden_T1H, per_token_scale, **kwargs)
     gates_T12F, _ = mlp.linear_fc1(hidden_T1H)
     codes_TF, scales_BT = quantized_swiglu(gates_T12F.view(-1, 2 * units))
@@ -67,10 +84,10 @@ def _normalized(
     sm_margin: int,
     zero_centered_gamma: bool,
 ) -> Any:
-    """Transformer Engine's ``apply_normalization``: (normed, mean, deviation); a scoring pass wants the first alone."""
+    """Transformer Engine's ``apply_normalization``: (normed, mean, deviation), the last two for a backward pass."""
     fits = x_TH.is_contiguous() and x_TH.shape[1] % BLOCK == 0 and dtype == x_TH.dtype
     plain = normalization == "RMSNorm" and bias is None and out is None and not zero_centered_gamma
-    if not (fits and plain and quantizer is not None and _scoring() and _as_ours(quantizer)):
+    if not (fits and plain and quantizer is not None and _at_once() and _as_ours(quantizer)):
         return given(*(x_TH, out, weight_H, bias, eps, quantizer, dtype, normalization, sm_margin, zero_centered_gamma))
     return _as_tensor(*quantized_rms_norm(x_TH, weight_H, eps), x_TH.shape, dtype), None, None
 

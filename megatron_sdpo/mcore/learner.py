@@ -110,7 +110,7 @@ class Learner:
         shares = [[i for i in share if has_target[i]] for share in self._shares(batch)]
         if not any(shares):
             return TeacherScores({})
-        with self.precision.of(self.config.fp8.teacher):
+        with self.precision.of(self.config.fp8.teacher, at_once=True):
             return self._taught(self._cut(batch.samples, shares, "teacher"), student)
 
     def _taught(self, micro_batches: Sequence[MicroBatch], student: StudentScores) -> TeacherScores:
@@ -144,7 +144,7 @@ class Learner:
 
         with self.precision.of(fp8.student):
             student, ids = self._score(micro_batches, of_student)
-        with self.precision.of(fp8.teacher):
+        with self.precision.of(fp8.teacher, at_once=True):
             teacher, _ = self._score(micro_batches, of_teacher)
         kl = [torch.where(a.exp() > 0, a.exp() * (a - teacher[i]), 0.0).sum() for i, a in student.items()]
         found = torch.zeros(2, device=self.device, dtype=torch.float64)

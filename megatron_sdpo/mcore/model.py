@@ -29,7 +29,7 @@ from megatron_sdpo.mcore.fp8 import (
     megatron_settings,
     uses_transformer_engine,
 )
-from megatron_sdpo.mcore.fp8_codes import write_codes_when_scoring
+from megatron_sdpo.mcore.fp8_codes import write_codes_when_asked
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.modules import PackedRows, cpu_block_spec
 from megatron_sdpo.mcore.names import padded_vocabulary
@@ -230,7 +230,7 @@ def build_model(
         _mark_shards(chunk)
         _keep_norms_when_scoring(chunk)
         if config.transformer_impl == "transformer_engine" and "blockwise" in fp8.kinds:
-            write_codes_when_scoring(chunk.decoder.layers)
+            write_codes_when_asked(chunk.decoder.layers)
         chunk.to(platform.device())
     return chunks[0] if len(chunks) == 1 else Chunks(chunks)
 

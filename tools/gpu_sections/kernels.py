@@ -60,7 +60,7 @@ def layers_by_kernel() -> list[Finding]:
     for kind, said in (("off", "bf16"), ("blockwise", "FP8")):
 
         def forward(kind: Any = kind) -> None:
-            with learner.precision.of(kind):
+            with learner.precision.of(kind, at_once=True):
                 score(learner.model, rows, lambda micro_batch, hidden_NH: None)
 
         taken = seconds(forward, 3, 2)
@@ -81,11 +81,11 @@ def layers_by_kernel() -> list[Finding]:
 @contextmanager
 def given_norms_and_units() -> Iterator[None]:
     """Within the block Transformer Engine's own, as in training."""
-    before, fp8_codes._scoring = fp8_codes._scoring, lambda: False
+    before, fp8_codes._at_once = fp8_codes._at_once, lambda: False
     try:
         yield
     finally:
-        fp8_codes._scoring = before
+        fp8_codes._at_once = before
 
 
 @contextmanager

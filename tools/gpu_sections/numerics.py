@@ -120,7 +120,7 @@ def _codes(w_NK: Tensor, x_TK: Tensor) -> list[Finding]:
 
 
 def codes() -> list[Finding]:
-    """Codes that scoring passes write at once, beside those of torch and of the passes that write numbers first."""
+    """Codes that a teacher's passes write at once, beside those of torch and of the passes that write numbers first."""
     findings = []
     generator = torch.Generator(DEVICE).manual_seed(0)
     gates, x, weight = (
@@ -139,15 +139,19 @@ def codes() -> list[Finding]:
         batch = draw_batch(SMALL["vocab_size"], mixed_lengths(16))
         learner = learner_of(model, "fp8.student=blockwise", "fp8.teacher=blockwise")
         with counted_codes() as written:
-            at_once = joined(learner.score_student(batch).old_log_probs)
+            student = learner.score_student(batch)
+            of_student = len(written)
+            at_once = joined(learner.score_teacher(batch, student).log_probs)
         with given_norms_and_units():
-            given = joined(learner.score_student(batch).old_log_probs)
-        again = joined(learner.score_student(batch).old_log_probs)
+            given = joined(learner.score_teacher(batch, student).log_probs)
+        again = joined(learner.score_teacher(batch, student).log_probs)
     apart = (at_once - given).abs()
     return [
         *findings,
         holds("log-probs again, to the bit", torch.equal(at_once, again)),
-        holds("codes are written at once", len(written) > 0, f"{len(written)} times"),
+        holds(
+            "codes are written at once, by the teacher alone", len(written) > of_student == 0, f"{len(written)} times"
+        ),
         Finding("log-probs that differ from those of numbers first", (apart > 0).double().mean().item()),
         at_most("log-probs from those of numbers first, mean", apart.mean().item(), 0.01),
         Finding("log-probs from those of numbers first, largest", apart.max().item()),

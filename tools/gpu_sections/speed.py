@@ -132,7 +132,7 @@ def _passes(learner: Learner, batch: Batch) -> dict[str, float]:
             forward_backward(learner.wrapped, rows, _sum)
 
     def layers_forward() -> None:
-        with learner.precision.of(learner.config.fp8.teacher):
+        with learner.precision.of(learner.config.fp8.teacher, at_once=True):
             score(learner.model, rows, lambda micro_batch, hidden_NH: None)
 
     torch.cuda.reset_peak_memory_stats()
