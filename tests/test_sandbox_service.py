@@ -30,7 +30,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     skip_without_sandbox()
     token = tmp_path_factory.mktemp("service") / "token"
     command = [sys.executable, "-m", "megatron_sdpo.sandbox.service", "--port", "0", "--token-file", str(token)]
-    process = subprocess.Popen([*command, "sandbox.workers=1"], stdout=subprocess.PIPE, text=True)
+    # as a script's "service &": SIGINT is ignored where nobody asks for it
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = subprocess.Popen([*command, "sandbox.workers=1"], stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     assert process.stdout is not None
     line = process.stdout.readline()
     found = re.search(r"listening at (http://127\.0\.0\.1:\d+),", line)

@@ -13,9 +13,9 @@ import asyncio
 import hmac
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -75,7 +75,10 @@ def token_of(path: Path) -> str:
 
 
 async def serve(config: SandboxConfig, host: str, port: int, token: str, listening: Callable[[str], None]) -> None:
-    """Answer until cancelled; ``listening`` is told the address."""
+    """Answer until SIGINT or SIGTERM; ``listening`` is told the address."""
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # in the background of a script SIGINT is ignored unless asked for
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     with LocalSandbox(config) as sandbox:
         runner = web.AppRunner(application(sandbox, token), access_log=None, handler_cancellation=True)
         await runner.setup()
@@ -83,7 +86,7 @@ async def serve(config: SandboxConfig, host: str, port: int, token: str, listeni
             site = web.TCPSite(runner, host, port)
             await site.start()
             listening(f"http://{host}:{runner.addresses[0][1]}")
-            await asyncio.Event().wait()
+            await stopped.wait()
         finally:
             await runner.cleanup()
 
@@ -109,8 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def listening(url: str) -> None:
         print(f"listening at {url}, token in {given.token_file}", flush=True)
 
-    with suppress(KeyboardInterrupt):
-        asyncio.run(serve(config, given.host, given.port, token, listening))
+    asyncio.run(serve(config, given.host, given.port, token, listening))
     return 0
 
 
