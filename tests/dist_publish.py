@@ -407,6 +407,33 @@ def left_out(ranks: Ranks) -> None:
     publisher.close()
 
 
+def left_out_at_rest(ranks: Ranks) -> None:
+    """Of two engines one is killed while both have given their memory back: the other goes on, once more too."""
+    publisher = ranks.publisher(release_memory=True, backend="ipc")
+    publisher.fleet = fleet = KnownFleet(ranks.engines)
+    ranks.load("a")
+    publisher.publish(1)
+    publisher.release()
+    if ranks.groups.rank == 0:
+        gone = ranks.engines[1]
+        assert gone.leader is not None
+        os.killpg(gone.leader, signal.SIGKILL)
+        while not gone.is_gone():
+            time.sleep(0.05)
+    ranks.everywhere(None)
+    for version, name in ((2, "b"), (3, "a")):
+        ranks.load(name)
+        publisher.publish(version)
+        assert publisher.served is not None and publisher.served.number == version
+        ranks.engines = ranks.engines[:1]
+        ranks.assert_serves(publisher.served.stamp, name)
+        publisher.release()  # the one that is gone is still known to the fleet, the second time no more
+        fleet.there = fleet.there[:1]
+    if ranks.groups.rank == 0:
+        ranks.plain(0, 20.0).resume_memory()
+    publisher.close()
+
+
 def _stop_and_continue(ranks: Ranks, publisher: Publisher) -> None:
     """Engine 1 stands still for a while, as under a debugger or on a machine that swaps."""
     if _sends(ranks, 0):
@@ -438,7 +465,7 @@ def _sends(ranks: Ranks, stage: int) -> bool:
 
 SCENARIOS = (
     *(gathers, versions, faults, not_finite, no_way_back, handles),
-    *(hanging, dying, under_load, two_engines, left_out),
+    *(hanging, dying, under_load, two_engines, left_out, left_out_at_rest),
 )
 
 

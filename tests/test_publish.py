@@ -153,6 +153,15 @@ def test_an_engine_that_is_gone_is_left_out(
 
 
 @pytest.mark.slow
+def test_an_engine_that_is_gone_without_its_memory_is_left_out(
+    folder: Path, engine: Engine, prepare: Callable[..., None], tmp_path: Path
+) -> None:
+    with Fleet(engine_config(tmp_path, engine.checkpoint, count=2), tmp_path, TOKEN) as fleet:
+        prepare(fleet.engines, [fleet.process_ids()[address.name] for address in fleet.engines])
+        run_ranks("dist_publish.py", 1, ["tp1", str(folder), "left_out_at_rest"], timeout=200)
+
+
+@pytest.mark.slow
 def test_an_engine_of_two_ranks(folder: Path, engine: Engine, prepare: Callable[..., None], tmp_path: Path) -> None:
     with Fleet(engine_config(tmp_path, engine.checkpoint, tensor_parallel=2), tmp_path, TOKEN) as fleet:
         prepare(fleet.engines)

@@ -159,6 +159,8 @@ class Publisher:
         return torch.cuda.mem_get_info(own.device)[0] if own.is_cuda else 0
 
     def _release_one(self, engine: EngineControl) -> None:
+        if self.fleet is not None and engine.is_gone():
+            return  # the next publish leaves it out
         _until_idle(engine, self.config.timeout_s)
         engine.release_memory()
         self._released.append(engine)
@@ -370,8 +372,8 @@ def _until_idle(engine: EngineControl, timeout_s: float) -> None:
     while True:
         try:
             return engine.flush_cache()  # refused while something runs
-        except EngineError:
-            if time.monotonic() > deadline:
+        except EngineError as error:
+            if error.status is None or time.monotonic() > deadline:  # nobody answers, or it never ends
                 raise
             time.sleep(0.05)
 
