@@ -84,7 +84,8 @@ def check_readable(said: Any, file: Path, fp8: bool) -> None:
 
 
 def check_engines_alone(config: Config, hf_config: Mapping[str, Any]) -> None:
-    """Refuse engines in FP8 that would wait for weights which no trainer sends."""
+    """Refuse engines in FP8 that would wait for weights which no trainer sends, and those of no use with them."""
+    check_engines(config, hf_config)
     if config.engine.fp8 != "off" and not is_fp8(hf_config):
         path = config.model.path
         raise ConfigError(

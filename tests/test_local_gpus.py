@@ -38,6 +38,13 @@ def test_too_few_are_refused(gpus: int, overrides: tuple[str, ...]) -> None:
         first_gpu_of_engines(config, gpus)
 
 
+def test_nccl_without_gpus_is_refused() -> None:
+    config = apply_overrides(recipe("minipipe"), [*BASE, "publish.backend=nccl"])
+    assert first_gpu_of_engines(config, 8) == 4
+    with pytest.raises(ConfigError, match="torch sees none here; set it to auto"):
+        first_gpu_of_engines(config, 0)
+
+
 def test_an_engine_is_told_its_gpu(tmp_path: Path) -> None:
     config = apply_overrides(recipe("minipipe"), list(BASE))
     fleet = Fleet(config, tmp_path, "token", Share(range(2), "127.0.0.1", first_gpu=4))

@@ -101,7 +101,11 @@ def first_gpu_of_engines(config: Config, gpus: int) -> int:
     """The engines' GPUs follow those of the trainer's ranks. Where there are fewer, and ``publish.backend`` is ipc
     or gloo, they are the trainer's own; else ConfigError. 0 on a machine without GPUs."""
     ranks, engines = config.layout.world_size, config.engine.count * config.engine.tensor_parallel
-    if config.debug.from_journal is not None or config.debug.rollout_only or not gpus:
+    if config.debug.from_journal is not None or config.debug.rollout_only:
+        return 0
+    if not gpus:
+        if config.publish.backend == "nccl":
+            raise ConfigError("publish.backend=nccl goes from GPU to GPU, and torch sees none here; set it to auto")
         return 0
     if config.engine.release_memory:  # they are to be shared, then, however many there are
         if gpus >= max(ranks, engines):
