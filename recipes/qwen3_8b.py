@@ -1,4 +1,5 @@
-"""Qwen3-8B, the paper's runs: SciKnowEval, tool use and LiveCodeBench v6 by SDPO and the two GRPO baselines.
+"""Qwen3-8B, the paper's runs: SciKnowEval, tool use and LiveCodeBench v6 by SDPO (bf16 as there, or FP8) and the two
+GRPO baselines.
 
 Needs ``models/Qwen3-8B`` and ``data/TASK`` (``model.path``, ``task.options.data``), and two nodes of eight 80 GB GPUs:
 eight trainer ranks on one, eight engines on the other. The paper had one node of four GH200; the batch is the same.
@@ -7,10 +8,18 @@ Thinking is switched off, as in the paper. Its numbers are the best of a run wit
 generation batches (code); a recipe makes as many batches and evaluates every fifth.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-from megatron_sdpo.config import Config, LayoutConfig, ObjectiveConfig, OptimConfig, SandboxConfig, TaskConfig
+from megatron_sdpo.config import (
+    Config,
+    Fp8Config,
+    LayoutConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    SandboxConfig,
+    TaskConfig,
+)
 from recipes import _paper as paper
 
 
@@ -83,6 +92,23 @@ def sdpo(name: str) -> Config:
     )
 
 
+def sdpo_fp8(name: str) -> Config:
+    """SDPO as above, with student, teacher and engines in blockwise FP8: the same codes of the weights for all three.
+
+    Training passes keep codes beside the weights, in both directions, so four tensor ranks divide the model.
+    """
+    config = sdpo(name)
+    return replace(
+        config,
+        name=f"{config.name}-fp8",
+        run_dir=f"{config.run_dir}-fp8",
+        layout=replace(config.layout, tensor_parallel=4),
+        fp8=Fp8Config(student="blockwise", teacher="blockwise", floor_limit=0.01),
+        engine=replace(config.engine, fp8="blockwise"),
+        publish=replace(config.publish, probe_tolerance=1.0),
+    )
+
+
 def grpo(name: str) -> Config:
     """GRPO by the paper's table 13: four optimizer steps a batch, of eight questions each, at a rate of 1e-6."""
     setting = SETTINGS[name]
@@ -128,5 +154,10 @@ def _config(name: str, setting: Setting, objective: ObjectiveConfig, optim: Opti
 RECIPES = {
     f"qwen3-8b-{name}-{suffix}": partial(function, name)
     for name in SETTINGS
-    for suffix, function in (("sdpo", sdpo), ("grpo", grpo), ("grpo-on-policy", grpo_on_policy))
+    for suffix, function in (
+        ("sdpo", sdpo),
+        ("sdpo-fp8", sdpo_fp8),
+        ("grpo", grpo),
+        ("grpo-on-policy", grpo_on_policy),
+    )
 }

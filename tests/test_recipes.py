@@ -58,7 +58,7 @@ def test_the_names_that_others_start_by() -> None:
     ]
     ladder = [f"ladder-{size}b" for size in ("0.6", "1.7", "4", "8", "14", "32")]
     large = [f"{model}-sdpo-{n}n" for model in ("llama3.3-70b", "qwen2.5-72b") for n in (16, 32)]
-    paper = [f"qwen3-8b-{task}-{kind}" for task in tasks for kind in ("sdpo", "grpo", "grpo-on-policy")]
+    paper = [f"qwen3-8b-{task}-{kind}" for task in tasks for kind in ("sdpo", "sdpo-fp8", "grpo", "grpo-on-policy")]
     assert sorted(AWAY) == sorted([*paper, *ladder, *large, "qwen3-30b-a3b-sdpo"])
 
 
@@ -107,6 +107,20 @@ def test_what_a_docstring_says_of_the_plan_is_so(name: str) -> None:
     plan, words = planned(recipe(name)), documentation(recipes()[name])
     assert words is not None
     assert f"{plan.rank.total / 1e9:.1f} GB" in words and f"{plan.time.total:.0f} s a step" in words
+
+
+def test_the_readme_says_what_is_planned() -> None:
+    def gb(name: str) -> str:
+        return f"{planned(recipe(name)).rank.total / 1e9:.0f}"
+
+    words = (Path(__file__).parent.parent / "README.md").read_text()
+    paper = "qwen3-8b-sciknoweval-chemistry-"
+    assert f"1+1, {gb(paper + 'sdpo')} GB (FP8 {gb(paper + 'sdpo-fp8')}, GRPO {gb(paper + 'grpo')})" in words
+    ladder = ", ".join(gb(f"ladder-{size}b") for size in ("0.6", "1.7", "4", "8", "14"))
+    assert f"1+1; {ladder} GB" in words and f"2+2, {gb('ladder-32b')} GB" in words
+    assert f"mixture of 128 experts | 2+2, {gb('qwen3-30b-a3b-sdpo')} GB" in words
+    for model in ("llama3.3-70b", "qwen2.5-72b"):
+        assert f"8+8, {gb(f'{model}-sdpo-16n')} GB; 16+16, {gb(f'{model}-sdpo-32n')} GB" in words
 
 
 @pytest.mark.parametrize("name", AWAY)

@@ -3,6 +3,7 @@
 The values below are copied from there, not from the recipes.
 """
 
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -125,6 +126,15 @@ def test_a_run_of_the_paper_has_its_hyperparameters(task: str, kind: str) -> Non
     assert config.task.options == {"data": f"data/{name}", **options}
     assert config.model.path == "models/Qwen3-8B"
     assert config.model.max_length - config.rollout.max_new_tokens >= 2048  # the longest prompt
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_in_fp8_is_the_papers_but_for_that(task: str) -> None:
+    config, plain = recipe(f"qwen3-8b-{task}-sdpo-fp8"), recipe(f"qwen3-8b-{task}-sdpo")
+    assert (config.fp8.student, config.fp8.teacher, config.engine.fp8) == ("blockwise",) * 3
+    own = ("name", "run_dir", "layout", "fp8", "engine", "publish")
+    assert replace(plain, **{key: getattr(config, key) for key in own}) == config
+    assert replace(plain.engine, fp8="blockwise") == config.engine
 
 
 @pytest.mark.parametrize("size", ["0.6B", "1.7B", "4B", "8B", "14B", "32B"])
