@@ -83,6 +83,13 @@ def check_readable(said: Any, file: Path, fp8: bool) -> None:
         )
 
 
+def why_not_served(hf_config: Mapping[str, Any]) -> str | None:
+    """What is wrong with engines of this model in block FP8, whatever its sizes."""
+    if hf_config["model_type"] != "llama":  # 0.5.15 and 0.5.21 look for its scales under another name, and only warn
+        return None
+    return "SGLang leaves out the scales of LlamaForCausalLM in block FP8, and would serve other numbers"
+
+
 def check_engines_alone(config: Config, hf_config: Mapping[str, Any]) -> None:
     """Refuse engines in FP8 that would wait for weights which no trainer sends, and those of no use with them."""
     check_engines(config, hf_config)
@@ -99,11 +106,8 @@ def check_engines(config: Config, hf_config: Mapping[str, Any]) -> None:
     """Refuse FP8 engines of a model whose scales SGLang does not load, or of whose blocks a rank would hold parts."""
     if config.engine.fp8 == "off" and not is_fp8(hf_config):
         return
-    if hf_config["model_type"] == "llama":  # 0.5.15 and 0.5.21 look for them under another name, and only warn
-        raise ConfigError(
-            "SGLang leaves out the scales of LlamaForCausalLM in block FP8, and would serve other numbers; set"
-            " engine.fp8=off and model.path to a model in full precision"
-        )
+    if (why := why_not_served(hf_config)) is not None:
+        raise ConfigError(f"{why}; set engine.fp8=off and model.path to a model in full precision")
     heads, tp = hf_config["num_attention_heads"], config.engine.tensor_parallel
     groups = hf_config.get("num_key_value_heads") or heads
     d = hf_config.get("head_dim") or hf_config["hidden_size"] // heads

@@ -144,9 +144,11 @@ def test_either_becomes_a_directory_in_fp8(
     """The codes and scales that publishing sends, in a directory that safetensors and an engine can read."""
     target = tmp_path / "new" / "in-fp8"
     cli.main(["convert", "--fp8", str(folder / source), str(target)])
-    assert f"was written to {target} in Hugging Face format, FP8" in capsys.readouterr().out
+    said_then = capsys.readouterr().out
+    assert f"was written to {target} in Hugging Face format, FP8" in said_then
     plain = folder / "expected-2" if source == "run" else folder / source
     hf_config, exact = read_hf_config(plain), _weights(plain)
+    assert ("evaluate and serve will refuse it" in said_then) == (hf_config["model_type"] == "llama")
     sent, found = dict(quantized(hf_config, 0, list(exact.items()))), _weights(target)
     assert differences(found, sent) == []
     codes = [name for name, tensor in found.items() if tensor.dtype == CODES]

@@ -144,21 +144,20 @@ def test_two_engines_stay_together(folder: Path, engine: Engine, prepare: Callab
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("layout", "ranks", "scenario"), [("pp2", 2, "left_out"), ("tp1", 1, "left_out_at_rest")])
 def test_an_engine_that_is_gone_is_left_out(
-    folder: Path, engine: Engine, prepare: Callable[..., None], tmp_path: Path
+    folder: Path,
+    engine: Engine,
+    prepare: Callable[..., None],
+    tmp_path: Path,
+    layout: str,
+    ranks: int,
+    scenario: str,
 ) -> None:
+    """While weights travel; or while it has given its memory back."""
     with Fleet(engine_config(tmp_path, engine.checkpoint, count=2), tmp_path, TOKEN) as fleet:
         prepare(fleet.engines, [fleet.process_ids()[address.name] for address in fleet.engines])
-        run_ranks("dist_publish.py", 2, ["pp2", str(folder), "left_out"], timeout=200)
-
-
-@pytest.mark.slow
-def test_an_engine_that_is_gone_without_its_memory_is_left_out(
-    folder: Path, engine: Engine, prepare: Callable[..., None], tmp_path: Path
-) -> None:
-    with Fleet(engine_config(tmp_path, engine.checkpoint, count=2), tmp_path, TOKEN) as fleet:
-        prepare(fleet.engines, [fleet.process_ids()[address.name] for address in fleet.engines])
-        run_ranks("dist_publish.py", 1, ["tp1", str(folder), "left_out_at_rest"], timeout=200)
+        run_ranks("dist_publish.py", ranks, [layout, str(folder), scenario], timeout=200)
 
 
 @pytest.mark.slow

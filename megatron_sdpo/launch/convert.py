@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor
 
 from megatron_sdpo import config as configuration
+from megatron_sdpo import fp8_format
 from megatron_sdpo.config import ConfigError, LayoutConfig
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore import checkpoint, streaming
@@ -78,7 +79,7 @@ def _from_run(run_dir: Path, found: Path, target: Path, groups: ParallelGroups, 
             tensors = streaming.stored(found, hf_config, dtype, groups, advance)
             _write_fp8(tensors, hf_config, dtype, kept, target, model)
     form = "Hugging Face format" if fp8 is None else "Hugging Face format, FP8"
-    return f"{found} was written to {target} in {form}{_amount(size, began)}"
+    return f"{found} was written to {target} in {form}{_amount(size, began)}{_unserved(hf_config) if fp8 else ''}"
 
 
 def _in_fp8(source: Path, target: Path, fp8: Fp8) -> str:
@@ -95,7 +96,13 @@ def _in_fp8(source: Path, target: Path, fp8: Fp8) -> str:
         raise
     except ValueError as error:  # names the tensor that is wrong
         raise ConfigError(str(error)) from error
-    return f"{source} was written to {target} in Hugging Face format, FP8{_amount(size, began)}"
+    return f"{source} was written to {target} in Hugging Face format, FP8{_amount(size, began)}{_unserved(hf_config)}"
+
+
+def _unserved(hf_config: dict[str, Any]) -> str:
+    """What to know of a directory in FP8 that is for other software alone."""
+    why = fp8_format.why_not_served(hf_config)
+    return "" if why is None else f"; evaluate and serve will refuse it: {why}"
 
 
 def _write_fp8(
