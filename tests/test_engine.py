@@ -141,6 +141,17 @@ def test_weights_from_disk(control: EngineControl, other_checkpoint: Path) -> No
     assert_probe_is(control, other_checkpoint)
 
 
+def test_weights_from_disk_while_a_request_runs(control: EngineControl, other_checkpoint: Path) -> None:
+    """SGLang ends when it has to flush its cache meanwhile; asked for it afterwards, it does."""
+    body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 400, "ignore_eos": True, "temperature": 1.0}}
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(control._call, "POST", "/generate", body)
+        control.update_weights_from_disk(str(other_checkpoint), 3)
+        assert running.result()["meta_info"]["completion_tokens"] == 400
+    assert control.weight_version() == 3
+    assert_probe_is(control, other_checkpoint)
+
+
 def test_weights_from_a_missing_directory_leave_the_old_ones(
     engine: Engine, control: EngineControl, tmp_path: Path
 ) -> None:

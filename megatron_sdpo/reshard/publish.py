@@ -161,7 +161,7 @@ class Publisher:
     def _release_one(self, engine: EngineControl) -> None:
         if self.fleet is not None and engine.is_gone():
             return  # the next publish leaves it out
-        _until_idle(engine, self.config.timeout_s)
+        engine.flush_when_idle(self.config.timeout_s)  # SGLang ends when one that is busy has to give its memory back
         engine.release_memory()
         self._released.append(engine)
 
@@ -363,19 +363,6 @@ def probe_ids(vocab_size: int, length: int) -> list[int]:
     """
     generator = torch.Generator().manual_seed(20_260_120)
     return torch.randint(vocab_size - 1, (length,), generator=generator).tolist()
-
-
-def _until_idle(engine: EngineControl, timeout_s: float) -> None:
-    """Return when nothing runs in the engine: it may be busy for a moment after its last answer, and SGLang ends when
-    an engine that is busy has to give its memory back."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            return engine.flush_cache()  # refused while something runs
-        except EngineError as error:
-            if error.status is None or time.monotonic() > deadline:  # nobody answers, or it never ends
-                raise
-            time.sleep(0.05)
 
 
 def _open(engine: EngineControl) -> None:

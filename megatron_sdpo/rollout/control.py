@@ -7,6 +7,7 @@ Standard library only; one connection a call, so an object may be used by severa
 import http.client
 import json
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -191,9 +192,10 @@ class EngineControl:
         self._call("POST", "/update_weights_from_tensor", {**body, "weight_version": weight_version})
 
     def update_weights_from_disk(self, path: str, version: int) -> None:
-        """Load a Hugging Face checkpoint directory that the engine can read, and flush the cache."""
-        body = {"model_path": path, "weight_version": str(version), "flush_cache": True}
+        """Load a Hugging Face checkpoint directory that the engine can read, and flush the cache when it is idle."""
+        body = {"model_path": path, "weight_version": str(version), "flush_cache": False}  # it dies when it cannot
         self._call("POST", "/update_weights_from_disk", body)
+        self.flush_when_idle()
 
     # --- the memory that an engine holds ---
 
@@ -221,6 +223,18 @@ class EngineControl:
     def flush_cache(self) -> None:
         """Forget all cached prefixes; fails while requests run."""
         self._call("POST", "/flush_cache", {})
+
+    def flush_when_idle(self, timeout_s: float | None = None) -> None:
+        """The same, waiting for requests to end (default: as long as a call may take): an engine is busy for a moment
+        after its last answer."""
+        deadline = time.monotonic() + (timeout_s or self._timeout_s)
+        while True:
+            try:
+                return self.flush_cache()
+            except EngineError as error:
+                if error.status is None or time.monotonic() > deadline:  # nobody answers, or it never ends
+                    raise
+                time.sleep(0.05)
 
     def probe_log_probs(self, ids: Sequence[int]) -> list[float]:
         """Log-probabilities (natural, temperature 1) of ``ids[1:]``, each given the ids before it: ``len(ids) - 1``.
