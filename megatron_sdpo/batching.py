@@ -5,7 +5,11 @@ response ids are the very same. Teacher prompts are longer, so each view is pack
 Everything per token that must meet across the views is keyed by (sample, response offset): an
 ``[R, ...]`` tensor per sample, concatenated here in the micro-batch's order.
 
-The plan is a pure function of the lengths, so every rank computes the same one without talking.
+The plan is a pure function of the tokens, so every rank computes the same one without talking.
+
+In scoring passes samples whose prompts begin alike (``prefixes``) may be packed as that beginning, once, and what
+follows it of each; attention then lets every such tail see the beginning. In training passes each sample stands by
+itself: prompts have gradients through the responses, and what is trained is what it was.
 """
 
 import bisect
@@ -18,6 +22,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_sdpo import prefixes as beginnings
+from megatron_sdpo.flops import Tokens
+from megatron_sdpo.prefixes import Prefixes
 from megatron_sdpo.types import Sample
 
 View = Literal["student", "teacher"]
@@ -49,6 +56,7 @@ class RowCut:
 
 
 WHOLE = RowCut()
+NOTHING_SHARED: Prefixes = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,9 @@ class MicroBatch:
     """Sequences packed end to end into one row, and where their responses are predicted.
 
     Example: prompts of 2 and 3 tokens with responses of 2 and 1 give ``lengths=(4, 4)``, ``T = 8`` and
-    ``rows_N = [1, 2, 6]``: the hidden state at row 1 predicts the first response token.
+    ``rows_N = [1, 2, 6]``: the hidden state at row 1 predicts the first response token. If the prompts share a
+    beginning of 2 tokens, the whole of the first, the pieces are that beginning and two tails: ``lengths=(2, 2, 2)``,
+    ``starts=(0, 2, 2)``, ``T = 6``, ``rows_N = [1, 2, 4]``.
 
     ``samples`` are positions in the list of samples that was planned; empty for a padding micro-batch, which a
     rank with less work runs so that all ranks enter the same collectives: padding, no response. ``T`` counts this
@@ -65,16 +75,20 @@ class MicroBatch:
 
     samples: tuple[int, ...]
     lengths: tuple[int, ...]
-    """Of the sequences of the whole row; the last may be padding alone."""
+    """Of the pieces of the whole row, which are sequences where none is shared; the last may be padding alone."""
+    starts: tuple[int, ...]
+    """Of each piece the position of its first token: a piece that does not begin at 0 continues the last one before it
+    that does."""
     padded_lengths: tuple[int, ...]
     """The same with the padding at the end of each."""
     response_lengths: tuple[int, ...]
     ids_T: Tensor
     """int64, the tokens."""
     positions_T: Tensor
-    """int64, position of each token in its own sequence."""
+    """int64, position of each token in its own sequence, the shared beginning included."""
     rows_N: Tensor
-    """int64, for each of the ``N`` response tokens the row, of ``T``, whose hidden state predicts it."""
+    """int64, for each of the ``N`` response tokens the row, of ``T``, whose hidden state predicts it. The end
+    of a shared beginning may predict the first token of several."""
     response_ids_N: Tensor
     """int64, the response tokens."""
     places: tuple[Tensor, ...]
@@ -118,46 +132,144 @@ def prompt_of(sample: Sample, view: View) -> tuple[int, ...]:
     return sample.teacher_prompt_ids
 
 
-def assign(costs: Sequence[int], positions: Sequence[int], data_size: int) -> list[list[int]]:
+def assign(
+    costs: Sequence[int], positions: Sequence[int], data_size: int, homes: Sequence[int] | None = None
+) -> list[list[int]]:
     """Deal ``positions`` (indices into ``costs``, tokens of all passes) to data-parallel ranks.
 
     A sample stays on its rank for every pass, so what the scoring passes found never has to travel. The most
-    expensive are dealt first, each to the rank with the least work: balanced and deterministic.
+    expensive are dealt first, each to the rank with the least work: balanced and deterministic. Those for whom there
+    is room within an equal part go to their ``homes`` before (``homes_of``), so that siblings meet; what two ranks
+    have to do then still differs by one sample at most.
     """
-    loads = [(0, rank) for rank in range(data_size)]
+    ordered = sorted(positions, key=lambda i: (-costs[i], i))
+    work = [0] * data_size
     shares: list[list[int]] = [[] for _ in range(data_size)]
-    for i in sorted(positions, key=lambda i: (-costs[i], i)):
+    if homes is not None:
+        equal, rest = sum(costs[i] for i in ordered) / data_size, []
+        for i in ordered:
+            if work[homes[i]] + costs[i] <= equal:
+                shares[homes[i]].append(i)
+                work[homes[i]] += costs[i]
+            else:
+                rest.append(i)
+        ordered = rest
+    loads = [(load, rank) for rank, load in enumerate(work)]
+    heapq.heapify(loads)
+    for i in ordered:
         load, rank = heapq.heappop(loads)
         shares[rank].append(i)
         heapq.heappush(loads, (load + costs[i], rank))
     return shares
 
 
-def cut(share: Sequence[int], lengths: Mapping[int, int], budget: int, count: int = 0) -> list[tuple[int, ...]]:
+def homes_of(costs: Sequence[int], groups: Sequence[int], data_size: int) -> list[int]:
+    """For each sample the data rank where it meets its siblings, those of its question (``groups``), if it can."""
+    whole: dict[int, int] = {}
+    for cost, group in zip(costs, groups, strict=True):
+        whole[group] = whole.get(group, 0) + cost
+    order = list(whole)
+    shares = assign([whole[group] for group in order], range(len(order)), data_size)
+    home = {order[k]: rank for rank, share in enumerate(shares) for k in share}
+    return [home[group] for group in groups]
+
+
+def cut(
+    share: Sequence[int],
+    lengths: Mapping[int, int],
+    budget: int,
+    count: int = 0,
+    prefixes: Prefixes = NOTHING_SHARED,
+) -> list[tuple[int, ...]]:
     """One rank's positions -> micro-batches of at most ``budget`` tokens; a longer sequence stands alone.
 
     There are as few as the budget allows, or ``count`` if that is more, and the largest of them is as small as it can
     be: stages of a pipeline wait for the largest. Sequences of like length share a micro-batch, the longest first:
-    running out of memory shows in the first one.
+    running out of memory shows in the first one. Those that share a beginning are neighbours, where the longest of
+    them would be; the beginning counts once in each micro-batch that has some of them.
     """
-    ordered = sorted(share, key=lambda i: (-lengths[i], i))
-    wanted = max(count, len(_filled(ordered, lengths, budget)))
-    least = bisect.bisect_left(range(budget), True, key=lambda bound: len(_filled(ordered, lengths, bound)) <= wanted)
-    return _filled(ordered, lengths, least)
+    longest: dict[int, int] = {}
+    for i in share:
+        first = prefixes[i].first if i in prefixes else i
+        longest[first] = max(longest.get(first, 0), lengths[i])
+
+    def place(i: int) -> tuple[int, ...]:
+        first = prefixes[i].first if i in prefixes else i
+        return -longest[first], first, -lengths[i], i
+
+    ordered = sorted(share, key=place)
+    wanted = max(count, len(_filled(ordered, lengths, budget, prefixes)))
+    least = bisect.bisect_left(
+        range(budget), True, key=lambda bound: len(_filled(ordered, lengths, bound, prefixes)) <= wanted
+    )
+    return _filled(ordered, lengths, least, prefixes)
 
 
-def _filled(ordered: Sequence[int], lengths: Mapping[int, int], bound: int) -> list[tuple[int, ...]]:
+def _filled(
+    ordered: Sequence[int], lengths: Mapping[int, int], bound: int, prefixes: Prefixes
+) -> list[tuple[int, ...]]:
     """In this order, each filled up to the bound: no division of the order has fewer parts."""
     cuts: list[tuple[int, ...]] = []
     held: list[int] = []
     tokens = 0
     for i in ordered:
-        if held and tokens + lengths[i] > bound:
+        prefix = prefixes.get(i)
+        is_there = prefix is not None and bool(held) and prefixes.get(held[-1]) == prefix
+        added = lengths[i] - (prefix.tokens if prefix is not None and is_there else 0)
+        if held and tokens + added > bound:
             cuts.append(tuple(held))
-            held, tokens = [], 0
+            held, tokens, added = [], 0, lengths[i]
         held.append(i)
-        tokens += lengths[i]
+        tokens += added
     return [*cuts, tuple(held)] if held else cuts
+
+
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """Every data rank's micro-batches of one pass, as positions of samples; equally many, () where a rank has less."""
+
+    ranks: tuple[tuple[tuple[int, ...], ...], ...]
+    prefixes: Prefixes
+
+    @property
+    def spared(self) -> Tokens:
+        """What all ranks together do not compute because beginnings are shared."""
+        return beginnings.spared((positions for rank in self.ranks for positions in rank), self.prefixes)
+
+
+def cuts_of(
+    samples: Sequence[Sample],
+    shares: Sequence[Sequence[int]],
+    view: View,
+    budget: int,
+    count_multiple: int = 1,
+    least_shared: int | None = None,
+) -> Cuts:
+    """``shares`` holds the positions in ``samples`` of every data rank (``assign``). The micro-batches of a rank are a
+    multiple of ``count_multiple``, as an interleaved pipeline wants it. ``least_shared``: siblings on one rank read
+    what their prompts begin with once, where they are in one micro-batch and it has so many tokens; None: never."""
+    lengths = {i: len(prompt_of(samples[i], view)) + len(samples[i].response_ids) for share in shares for i in share}
+    prefixes: dict[int, beginnings.Prefix] = {}
+    if least_shared is not None:
+        by_question: dict[tuple[int, int], dict[int, tuple[int, ...]]] = {}
+        for rank, share in enumerate(shares):
+            for i in share:
+                by_question.setdefault((rank, samples[i].group), {})[i] = prompt_of(samples[i], view)
+        for prompts in by_question.values():
+            prefixes |= beginnings.shared(prompts, least_shared)
+    count = _up_to(max(len(cut(share, lengths, budget, 0, prefixes)) for share in shares), count_multiple)
+    ranks = [cut(share, lengths, budget, count, prefixes) for share in shares]
+    return Cuts(tuple((*own, *[()] * (count - len(own))) for own in ranks), prefixes)
+
+
+def packed(
+    samples: Sequence[Sample], cuts: Cuts, view: View, data_rank: int, device: torch.device, row: RowCut = WHOLE
+) -> list[MicroBatch]:
+    """The micro-batches of one data rank."""
+    return [
+        pack([(i, prompt_of(samples[i], view), samples[i].response_ids) for i in ids], device, row, cuts.prefixes)
+        for ids in cuts.ranks[data_rank]
+    ]
 
 
 def micro_batches(
@@ -170,40 +282,54 @@ def micro_batches(
     row: RowCut = WHOLE,
     count_multiple: int = 1,
 ) -> list[MicroBatch]:
-    """The micro-batches of one data rank; every rank gets equally many, padding ones where it has less work.
-
-    ``shares`` holds the positions in ``samples`` of every data rank (``assign``). Their number is a multiple of
-    ``count_multiple``, as an interleaved pipeline wants it.
-    """
-    lengths = {i: len(prompt_of(samples[i], view)) + len(samples[i].response_ids) for share in shares for i in share}
-    count = _up_to(max(len(cut(share, lengths, budget)) for share in shares), count_multiple)
-    mine = cut(shares[data_rank], lengths, budget, count)
-    mine += [()] * (count - len(mine))
-    return [pack([(i, prompt_of(samples[i], view), samples[i].response_ids) for i in ids], device, row) for ids in mine]
+    """``cuts_of`` and ``packed``: those of one data rank, with nothing shared."""
+    return packed(samples, cuts_of(samples, shares, view, budget, count_multiple), view, data_rank, device, row)
 
 
 def pack(
-    sequences: Sequence[tuple[int, Sequence[int], Sequence[int]]], device: torch.device, row: RowCut = WHOLE
+    sequences: Sequence[tuple[int, Sequence[int], Sequence[int]]],
+    device: torch.device,
+    row: RowCut = WHOLE,
+    prefixes: Prefixes = NOTHING_SHARED,
 ) -> MicroBatch:
-    """``(sample position, prompt, response)`` triples -> one packed row; none at all gives a padding micro-batch."""
+    """``(sample position, prompt, response)`` triples -> one packed row; none at all gives a padding micro-batch.
+
+    Neighbours with one prefix are packed as that and their tails, which context-parallel ranks cannot divide.
+    """
     ids: list[int] = []
     rows: list[int] = []
+    starts: list[int] = []
     lengths: list[int] = []
     padded: list[int] = []
-    for _, prompt, response in sequences:
-        if not prompt:
-            raise ValueError("a sequence needs at least one prompt token before its response")
-        first = len(ids) + len(prompt) - 1
-        rows.extend(range(first, first + len(response)))
-        lengths.append(len(prompt) + len(response))
-        padded.append(_up_to(lengths[-1], row.sequence_unit))
-        ids.extend((*prompt, *response, *[0] * (padded[-1] - lengths[-1])))
+
+    def add(tokens: Sequence[int], start: int) -> int:
+        """A piece; back comes where its sequence would begin if it were whole."""
+        first = len(ids) - start
+        if tokens:
+            starts.append(start)
+            lengths.append(len(tokens))
+            padded.append(_up_to(lengths[-1], row.sequence_unit))
+            ids.extend((*tokens, *[0] * (padded[-1] - lengths[-1])))
+        return first
+
+    of = {i: (prompt, response) for i, prompt, response in sequences}
+    if len(of) < len(sequences):
+        raise ValueError("a sample cannot be twice in one row")
+    for prefix, members in beginnings.together(of, prefixes):
+        n = prefix.tokens if prefix is not None else 0
+        if n and row.ranks > 1:
+            raise ValueError("context-parallel ranks divide whole sequences, not those that share a beginning")
+        head = add(of[members[0]][0][:n], 0)
+        for prompt, response in (of[i] for i in members):
+            if not prompt:
+                raise ValueError("a sequence needs at least one prompt token before its response")
+            first = add((*prompt[n:], *response), n)
+            predicting = range(len(prompt) - 1, len(prompt) + len(response) - 1)
+            rows.extend(position + (head if position < n else first) for position in predicting)
     tokens = sum(lengths)
     fill = _up_to(max(len(ids), 1), row.row_unit) - len(ids)
     if fill:
-        ids.extend([0] * fill)
-        lengths.append(fill)
-        padded.append(fill)
+        add([0] * fill, 0)
     kept, places = _cut_row(padded, rows, row)
     ids_, rows_, responses_ = (
         torch.tensor(x, dtype=torch.int64) for x in (ids, rows, [t for _, _, response in sequences for t in response])
@@ -211,12 +337,13 @@ def pack(
     row_of = torch.full((len(ids),), -1).index_copy_(0, kept, torch.arange(len(kept)))
     mine = places[row.rank]
     return MicroBatch(
-        samples=tuple(i for i, _, _ in sequences),
+        samples=tuple(of),
         lengths=tuple(lengths),
+        starts=tuple(starts),
         padded_lengths=tuple(padded),
         response_lengths=tuple(len(response) for _, _, response in sequences),
         ids_T=ids_[kept].to(device),
-        positions_T=torch.cat([torch.arange(n) for n in padded])[kept].to(device),
+        positions_T=torch.cat([torch.arange(s, s + n) for s, n in zip(starts, padded, strict=True)])[kept].to(device),
         rows_N=row_of[rows_[mine]].to(device),
         response_ids_N=responses_[mine].to(device),
         places=tuple(place.to(device) for place in places),
