@@ -27,6 +27,9 @@ class Tokens:
     """Tokens whose prediction meets the head."""
 
 
+NO_TOKENS = Tokens(0, 0, 0)
+
+
 def counted(lengths: Sequence[tuple[int, int]]) -> Tokens:
     """From (prompt tokens, response tokens) of each sequence."""
     whole = [prompt + response for prompt, response in lengths]

@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_tiny_checkpoint(folder / name, seed=2, family="qwen3", kv_heads=2)
     write_tiny_checkpoint(folder / "qwen3-moe", seed=3, family="qwen3_moe", kv_heads=2)
     _tie(folder / "qwen3-tied")
-    _make_qwen2(folder / "qwen2")
+    make_qwen2(folder / "qwen2")
     generator = torch.Generator().manual_seed(5)
     # never token 0: transformers gives the padding token's embedding no gradient
     documents = [torch.randint(1, VOCABULARY, (n,), generator=generator) for n in LENGTHS]
@@ -67,7 +67,7 @@ def _tie(path: Path) -> None:
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
-def _make_qwen2(path: Path) -> None:
+def make_qwen2(path: Path) -> None:
     _edit(path, architectures=["Qwen2ForCausalLM"], model_type="qwen2")
     tensors = load_file(path / "model.safetensors")
     generator = torch.Generator().manual_seed(7)

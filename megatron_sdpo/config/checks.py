@@ -175,6 +175,11 @@ def _check_layout(layout: LayoutConfig) -> None:
             f"layout.virtual_pipeline {layout.virtual_pipeline} cuts the stages of a pipeline, but"
             " layout.pipeline_parallel is 1; set it to 2 or more, or layout.virtual_pipeline=1"
         )
+    if layout.share_prefixes in ("teacher", "scoring") and layout.context_parallel > 1:
+        raise ConfigError(
+            f"layout.share_prefixes={layout.share_prefixes} packs sequences in pieces, but layout.context_parallel"
+            f" {layout.context_parallel} divides whole ones; set layout.share_prefixes=off"
+        )
     if layout.overlap_param_gather and not (layout.distributed_optimizer and layout.overlap_grad_reduce):
         raise ConfigError(
             "layout.overlap_param_gather gathers what a distributed optimizer divides, and needs the gradients to"

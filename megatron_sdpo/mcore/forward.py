@@ -92,6 +92,7 @@ def _run(
                 micro_batch.ids_T.device,
                 micro_batch.padded_lengths,
                 (micro_batch.rank, len(micro_batch.places)),
+                micro_batch.starts,
             ),
         )
         return hidden_T1H, partial(loss_func, micro_batch)

@@ -16,9 +16,10 @@ from megatron_sdpo import batching, guard, objective, spikes
 from megatron_sdpo.batching import MicroBatch, RowCut, View
 from megatron_sdpo.config import Config, ConfigError
 from megatron_sdpo.divergence import entropy, sampled_log_probs, student_support, support_log_probs
+from megatron_sdpo.flops import Tokens
 from megatron_sdpo.fused import Head, scored
 from megatron_sdpo.hf_config import read_hf_config
-from megatron_sdpo.mcore import finite, platform
+from megatron_sdpo.mcore import dealing, finite, platform
 from megatron_sdpo.mcore import optimizer as optim
 from megatron_sdpo.mcore.forward import forward_backward, of_all_ranks, score
 from megatron_sdpo.mcore.fp8 import Precision, token_multiple
@@ -28,6 +29,7 @@ from megatron_sdpo.mcore.model import build_model, chunks_of
 from megatron_sdpo.mcore.performance import performance
 from megatron_sdpo.mcore.scores import StudentScores, TeacherScores, TeacherStates
 from megatron_sdpo.mcore.targets import Targets
+from megatron_sdpo.prefixes import LEAST_TOKENS
 from megatron_sdpo.teacher import TeacherWeights, mixed_logits
 from megatron_sdpo.types import Batch, Sample
 
@@ -61,6 +63,10 @@ class Learner:
         tensor_ranks = groups.tensor_size if config.layout.sequence_parallel else 1
         self.row = RowCut(groups.context_rank, groups.context_size, tensor_ranks * token_multiple(config.fp8))
         self._count_multiple = groups.pipeline_size if config.layout.virtual_pipeline > 1 else 1
+        transformer_engine = self.model.config.transformer_impl == "transformer_engine"
+        self._shared_views = dealing.shared_views(config, transformer_engine)
+        self._spared: dict[View, Tokens] = {}
+        """What scoring passes over the last batch did not compute, on all ranks, as siblings share beginnings."""
         self.step = 0
         self.history = guard.History()
         """What the collapse guard has seen; the same on every rank, as batches and evaluations are."""
@@ -76,7 +82,7 @@ class Learner:
         optim.reset(self.optimizer, self.config.optim)
         self.teacher.reset(self.weights.masters())
         self.step, self.history, self.norms, self._damping = 0, guard.History(), spikes.History(), 1.0
-        self._floor = None
+        self._floor, self._spared = None, {}
 
     def score_student(self, batch: Batch) -> StudentScores:
         """Forward only: log-probs of the sampled tokens before this batch's first step, and the top-K support.
@@ -92,7 +98,7 @@ class Learner:
             kept = self.config.objective.kept_tokens
             return (*old, student_support(logits_CV, kept, self.groups.vocabulary)) if wanted else old
 
-        micro_batches = self._cut(batch.samples, self._shares(batch), "student")
+        micro_batches = self._cut(batch.samples, self._shares(batch), "student", share=True)
         with self.precision.of(self.config.fp8.student):
             old, ids = self._score(micro_batches, of_logits)
             if self.reference is None:
@@ -109,9 +115,10 @@ class Learner:
             self._floor = self._precision_floor(batch)
         shares = [[i for i in share if has_target[i]] for share in self._shares(batch)]
         if not any(shares):
+            self._spared.pop("teacher", None)
             return TeacherScores({})
         with self.precision.of(self.config.fp8.teacher, at_once=True):
-            return self._taught(self._cut(batch.samples, shares, "teacher"), student)
+            return self._taught(self._cut(batch.samples, shares, "teacher", share=True), student)
 
     def _taught(self, micro_batches: Sequence[MicroBatch], student: StudentScores) -> TeacherScores:
         if self.config.objective.support == "vocabulary":
@@ -237,7 +244,7 @@ class Learner:
 
     def performance(self, batch: Batch, seconds: dict[str, float]) -> dict[str, float]:
         """What the passes over a batch cost, in the ``seconds`` of the step's phases."""
-        return performance(batch, self.config, self.hf_config, self.groups.world_size, seconds)
+        return performance(batch, self.config, self.hf_config, self.groups.world_size, seconds, self._spared)
 
     def log_probs(self, ids: Sequence[int]) -> list[float]:
         """Natural log-probs of ``ids[1:]``, each given those before it, under the current weights; on every rank.
@@ -289,7 +296,7 @@ class Learner:
             tokens, padding = (loss.new_tensor(float(n)) for n in (len(micro_batch.ids_T), micro_batch.my_padding))
             return loss, {**metrics, TOTAL: loss.detach(), _ROW_TOKENS: tokens, _PADDING: padding}
 
-        shares = batching.assign(_costs(samples), chosen, self.groups.data_size)
+        shares = dealing.shares(samples, chosen, self.groups.data_size, bool(self._shared_views))
         return self._cut(samples, shares, "student"), on_hidden
 
     def _accumulate(self, micro_batches: Sequence[MicroBatch], on_hidden: OnHidden) -> list[dict[str, Tensor]]:
@@ -335,15 +342,20 @@ class Learner:
 
     def _shares(self, batch: Batch) -> list[list[int]]:
         """Every data rank's samples, dealt as in the training passes: scores are then found where they are needed."""
-        costs = _costs(batch.samples)
-        dealt = [batching.assign(costs, chosen, self.groups.data_size) for chosen in self._mini_batches(batch)]
-        return [[i for shares in dealt for i in shares[rank]] for rank in range(self.groups.data_size)]
+        size, siblings = self.groups.data_size, bool(self._shared_views)
+        dealt = [dealing.shares(batch.samples, chosen, size, siblings) for chosen in self._mini_batches(batch)]
+        return [[i for shares in dealt for i in shares[rank]] for rank in range(size)]
 
-    def _cut(self, samples: Sequence[Sample], shares: Sequence[Sequence[int]], view: View) -> list[MicroBatch]:
+    def _cut(
+        self, samples: Sequence[Sample], shares: Sequence[Sequence[int]], view: View, share: bool = False
+    ) -> list[MicroBatch]:
+        """This rank's micro-batches; ``share``: of a scoring pass, where siblings may share beginnings."""
+        least = LEAST_TOKENS if share and view in self._shared_views else None
         budget = self.config.layout.tokens_per_micro_batch
-        return batching.micro_batches(
-            samples, shares, view, budget, self.groups.data_rank, self.device, self.row, self._count_multiple
-        )
+        cuts = batching.cuts_of(samples, shares, view, budget, self._count_multiple, least)
+        if share:
+            self._spared[view] = cuts.spared
+        return batching.packed(samples, cuts, view, self.groups.data_rank, self.device, self.row)
 
     def _reduce(self, reports: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         """Sums and maxima over micro-batches and data ranks; then per-token means, on every rank."""
@@ -372,16 +384,6 @@ class Learner:
         box = [value]
         dist.broadcast_object_list(box, src=self.groups.last_stage_rank, group=self.groups.pipeline)
         return box[0]
-
-
-def _costs(samples: Sequence[Sample]) -> list[int]:
-    """Tokens that all passes read of each sample: score and train as student (4 forwards' worth), score as teacher."""
-    costs = []
-    for sample in samples:
-        student = len(sample.prompt_ids) + len(sample.response_ids)
-        teacher = len(sample.teacher_prompt_ids) + len(sample.response_ids) if sample.teacher_prompt_ids else 0
-        costs.append(4 * student + teacher)
-    return costs
 
 
 def _merge(parts: Any) -> dict[int, Tensor]:

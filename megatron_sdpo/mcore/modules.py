@@ -66,18 +66,71 @@ class Padding:
         self.target_T[self.source_P[places]] = places
 
 
+class Continuations:
+    """Padding's blocks for a row of which some pieces continue others: queries, and all keys that these see.
+
+    A block has pieces that continue beginnings of one length (of none: 0) and whose own lengths lie within a factor of
+    two; each gets a copy of the keys and values of its beginning in front of its own: for the time of one layer's
+    attention. One mask over a whole group takes twice as long, as most of it is hidden. To attend to both parts one
+    after the other and weigh them by log-sum-exp saves a tenth to a fifth of the time for long beginnings, costs a
+    tenth for short ones, and needs an operator that torch does not show.
+
+    ``blocks``: (pieces, tokens before each, width). ``queries_P``, ``keys_S`` (int64): the packed row in each place,
+    block after block. ``target_T`` (int64): the place of each packed row among the queries.
+    """
+
+    def __init__(self, lengths: Tensor, starts: Sequence[int]) -> None:
+        row_starts, device = torch.cumsum(lengths, 0) - lengths, lengths.device
+        heads = list(itertools.accumulate(range(len(starts)), lambda head, i: i if starts[i] == 0 else head))
+        members_by_block: dict[tuple[int, int], list[int]] = {}
+        for i, length in enumerate(lengths.tolist()):
+            members_by_block.setdefault((starts[i], length.bit_length()), []).append(i)
+        blocks, queries, keys, insides = [], [], [], []
+        for (before, _), members in members_by_block.items():
+            last_M1 = (lengths[members] - 1)[:, None]
+            width = int(last_M1.max()) + 1
+            position_MW = torch.arange(width, device=device).expand(len(members), -1)
+            own_MW = row_starts[members][:, None] + torch.minimum(position_MW, last_M1)
+            head_MB = row_starts[[heads[i] for i in members]][:, None] + torch.arange(before, device=device)
+            blocks.append((len(members), before, width))
+            queries.append(own_MW.flatten())
+            keys.append(torch.cat((head_MB, own_MW), 1).flatten())
+            insides.append((position_MW <= last_M1).flatten())
+        self.blocks: tuple[tuple[int, int, int], ...] = tuple(blocks)
+        self.queries_P, self.keys_S = torch.cat(queries), torch.cat(keys)
+        places = torch.nonzero(torch.cat(insides)).squeeze(1)
+        self.target_T = torch.empty_like(places)
+        self.target_T[self.queries_P[places]] = places
+
+    @functools.cached_property
+    def masks(self) -> list[Tensor | None]:
+        """For each block which keys its queries see, ``[width, before + width]``; None: plainly causal."""
+        device = self.target_T.device
+        return [
+            torch.ones(width, before + width, dtype=torch.bool, device=device).tril(before) if before else None
+            for _, before, width in self.blocks
+        ]
+
+
 @dataclass
 class PackedRows(PackedSeqParams):
     """Megatron's description of one packed row ("thd" format), plus what the CPU attention derives from it."""
 
     share: tuple[int, int] = (0, 1)
     """This context rank, of how many."""
+    starts: tuple[int, ...] = ()
+    """Position of each piece's first token, where some are not 0: such a piece continues the last one before it that
+    begins at 0, and is longer by that on the side of keys and values (``cu_seqlens_kv``)."""
     rotary: tuple[Tensor, Tensor] | None = None
     """Cosine and sine, where the CPU attention wants them; set by the model before its layers run."""
 
     @functools.cached_property
     def padding(self) -> Padding:
         return Padding(torch.diff(self.cu_seqlens_q).long())
+
+    @functools.cached_property
+    def continuations(self) -> Continuations:
+        return Continuations(torch.diff(self.cu_seqlens_q).long(), self.starts)
 
     @functools.cached_property
     def zigzag(self) -> "ZigZag":
@@ -91,7 +144,8 @@ class PackedRows(PackedSeqParams):
             position_T = self.zigzag.position_T
         else:
             lengths = torch.diff(self.cu_seqlens_q).tolist()
-            position_T = torch.cat([torch.arange(n, device=cos_SD.device) for n in lengths])
+            begins = zip(self.starts or [0] * len(lengths), lengths, strict=True)
+            position_T = torch.cat([torch.arange(start, start + n, device=cos_SD.device) for start, n in begins])
         self.rotary = cos_SD[position_T], sin_SD[position_T]
 
 
@@ -138,11 +192,13 @@ def packed_rows(
     device: torch.device,
     padded_lengths: Sequence[int] | None = None,
     share: tuple[int, int] = (0, 1),
+    starts: Sequence[int] | None = None,
 ) -> PackedRows:
     """Describe a row that holds sequences of these lengths (tokens, each at least 1), end to end.
 
     ``padded_lengths`` are the lengths with the padding at the end of each; None: there is none. ``share``: this context
-    rank, of how many that divide the row.
+    rank, of how many that divide the row. ``starts``: position of each piece's first token, None: all 0; one that is
+    not continues the last piece before it that begins at 0.
     """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"a packed row needs sequences of at least one token, not lengths {list(lengths)}")
@@ -159,6 +215,12 @@ def packed_rows(
         max_seqlen_kv=longest,
         share=share,
     )
+    if starts is not None and any(starts):
+        if padded != list(lengths):
+            raise ValueError("pieces that continue others have no padding of their own")
+        seen = [start + length for start, length in zip(starts, lengths, strict=True)]
+        row.starts, row.max_seqlen_kv = tuple(starts), max(seen)
+        row.cu_seqlens_kv = torch.tensor([0, *seen]).cumsum(0).to(dtype=torch.int32, device=device)
     if padded != list(lengths):
         row.cu_seqlens_q_padded = row.cu_seqlens_kv_padded = padded_ends
     return row
@@ -198,6 +260,8 @@ class CausalAttention(MegatronModule):
     sequence. Rotary embedding happens here for packed rows (the model passes none to the layers): Megatron's own
     walks over the sequences in Python, in every layer.
 
+    Pieces that continue a shared beginning (``PackedRows.starts``) see it and themselves.
+
     Under context parallelism keys and values are gathered over the ranks and each sequence is masked by position:
     exact, made for checking layouts, not for long rows.
     """
@@ -233,9 +297,12 @@ class CausalAttention(MegatronModule):
             return out.permute(2, 0, 1, 3).flatten(2)
         if self.context is not None:
             return self._over_ranks(query, key, value, packed_seq_params, self.context)
-        padding, rotary = packed_seq_params.padding, packed_seq_params.rotary
+        rotary = packed_seq_params.rotary
         assert rotary is not None, "the model has not said how to rotate this row"
         q_Thd, k_Thd = (rotate(x, *rotary) for x in (query, key))
+        if packed_seq_params.starts:
+            return self._continuing(q_Thd, k_Thd, value, packed_seq_params.continuations)
+        padding = packed_seq_params.padding
         if padding.none:
             return self._in_blocks((q_Thd, k_Thd, value), padding.blocks)
         padded: Any = [_Pad.apply(x, padding) for x in (q_Thd, k_Thd, value)]
@@ -250,6 +317,18 @@ class CausalAttention(MegatronModule):
             attended = self._attend(*(x.unflatten(0, block).transpose(1, 2) for x in parts))
             out.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
         return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _continuing(self, q_Thd: Tensor, k_Thd: Tensor, v_Thd: Tensor, places: Continuations) -> Tensor:
+        """``[T, h, d]`` each, rotated -> ``[T, h * d]``, where pieces continue others."""
+        queries = q_Thd.index_select(0, places.queries_P).split([n * width for n, _, width in places.blocks])
+        sizes = [n * (before + width) for n, before, width in places.blocks]
+        keys, values = (x.index_select(0, places.keys_S).split(sizes) for x in (k_Thd, v_Thd))
+        out = []
+        for (n, _, _), sees, q, k, v in zip(places.blocks, places.masks, queries, keys, values, strict=True):
+            q, k, v = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in (q, k, v))
+            attended = self._attend(q, k, v, sees)
+            out.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
+        return torch.cat(out).index_select(0, places.target_T)
 
     def _over_ranks(
         self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, context: dist.ProcessGroup

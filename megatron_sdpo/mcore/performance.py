@@ -6,26 +6,40 @@ from typing import Any
 
 import torch
 
+from megatron_sdpo.batching import View
 from megatron_sdpo.config import Config
-from megatron_sdpo.flops import batch_flops, batch_tokens, peak_tflops
+from megatron_sdpo.flops import NO_TOKENS, Tokens, batch_flops, batch_passes, batch_tokens, forward_flops, peak_tflops
 from megatron_sdpo.types import Batch
 
+NOTHING: Mapping[View, Tokens] = {}
 PASSES = ("time/score_student", "time/score_teacher", "time/train")
 
 
 def performance(
-    batch: Batch, config: Config, hf_config: Mapping[str, Any], world_size: int, seconds: Mapping[str, float]
+    batch: Batch,
+    config: Config,
+    hf_config: Mapping[str, Any],
+    world_size: int,
+    seconds: Mapping[str, float],
+    spared: Mapping[View, Tokens] = NOTHING,
 ) -> dict[str, float]:
-    """Of the phases ``PASSES`` together; tokens are those of prompts and responses in all passes, without padding.
+    """Of the phases ``PASSES`` together; tokens are those of prompts and responses in all passes, without padding, and
+    without those that siblings share (``spared``, of one pass over a view): their number is ``batch/shared_tokens``.
 
     ``perf/tokens_per_s`` of the whole trainer; ``perf/tflops_per_rank``, model TFLOP/s; ``perf/mfu``, its share of the
     GPU's dense bf16 peak, only where that is known; ``perf/memory_gb``, the most that this rank has held so far: of
     the GPU's memory in tensors, without a GPU of the process.
     """
     busy = max(sum(seconds[phase] for phase in PASSES), 1e-9)
-    tflops = batch_flops(hf_config, batch.samples, config.objective) / busy / world_size / 1e12
+    _, scorings, _ = batch_passes(batch.samples, config.objective)
+    shared = [*[spared.get("student", NO_TOKENS)] * scorings, spared.get("teacher", NO_TOKENS)]
+    shared_tokens = sum(tokens.tokens for tokens in shared)
+    flops = batch_flops(hf_config, batch.samples, config.objective)
+    flops -= sum(forward_flops(hf_config, tokens) for tokens in shared)
+    tflops = flops / busy / world_size / 1e12
     found = {
-        "perf/tokens_per_s": batch_tokens(batch.samples, config.objective) / busy,
+        "batch/shared_tokens": float(shared_tokens),
+        "perf/tokens_per_s": (batch_tokens(batch.samples, config.objective) - shared_tokens) / busy,
         "perf/tflops_per_rank": tflops,
         "perf/memory_gb": _memory_gb(),
     }
