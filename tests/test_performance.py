@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_sdpo import flops
+from megatron_sdpo.batching import View
 from megatron_sdpo.config import Config, ModelConfig, ObjectiveConfig, TaskConfig
 from megatron_sdpo.mcore.performance import performance
 from megatron_sdpo.types import Batch, Sample
@@ -36,6 +37,16 @@ def test_flops_are_shared_by_the_ranks() -> None:
     found = of(ObjectiveConfig(), world_size=4)
     expected = flops.batch_flops(ONE, SAMPLES, ObjectiveConfig()) / 4e12
     assert found["perf/tflops_per_rank"] == pytest.approx(expected)
+
+
+def test_what_siblings_share_is_not_computed() -> None:
+    spared: dict[View, flops.Tokens] = {"student": flops.Tokens(2, 3, 0), "teacher": flops.Tokens(3, 6, 0)}
+    penalised = replace(CONFIG, objective=ObjectiveConfig(kind="hybrid", kl_coefficient=0.1))  # scores students twice
+    plain, shared = (performance(Batch(0, SAMPLES, {}, 1), penalised, ONE, 2, SECONDS, s) for s in ({}, spared))
+    assert (plain["batch/shared_tokens"], shared["batch/shared_tokens"]) == (0.0, 2 * 2 + 3)
+    assert plain["perf/tokens_per_s"] - shared["perf/tokens_per_s"] == 2 * 2 + 3
+    saved = 2 * flops.forward_flops(ONE, spared["student"]) + flops.forward_flops(ONE, spared["teacher"])
+    assert plain["perf/tflops_per_rank"] - shared["perf/tflops_per_rank"] == pytest.approx(saved / 2e12)
 
 
 def test_memory_is_that_of_the_process_and_a_cpu_has_no_known_peak() -> None:

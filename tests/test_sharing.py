@@ -1,8 +1,10 @@
 """Scoring passes in which siblings share the beginning of their prompts say what passes without that say."""
 
+import itertools
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +16,15 @@ from megatron_sdpo import batching
 from megatron_sdpo.batching import RowCut
 from megatron_sdpo.config import ConfigError, LayoutConfig, check
 from megatron_sdpo.hf_config import read_hf_config
+from megatron_sdpo.mcore.continuing import continuing
 from megatron_sdpo.mcore.dealing import shared_views
 from megatron_sdpo.mcore.forward import score
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import load_hf
-from megatron_sdpo.mcore.model import Model, build_model
-from megatron_sdpo.mcore.modules import packed_rows
+from megatron_sdpo.mcore.model import Model, build_model, transformer_config
+from megatron_sdpo.mcore.modules import CausalAttention, packed_rows
 from megatron_sdpo.types import Sample
+from recipes.minipipe import BASE_MODEL
 from tests.dist_learner import parse
 from tests.fp8_setup import BOTH, write_model
 from tests.launch import run_ranks
@@ -119,6 +123,55 @@ def test_a_row_says_where_its_pieces_begin() -> None:
     assert row.rotary is not None and row.rotary[0][:, 0].tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2, 3]
     with pytest.raises(ValueError, match="no padding of their own"):
         packed_rows((3, 2), CPU, (4, 4), starts=(0, 3))
+
+
+class _VariableLengths:
+    """What Transformer Engine's attention does with packed rows, one sequence and head after the other: ``forward`` of
+    its own, under Megatron's, which would not know the mask."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, _: None, **given: Any) -> Tensor:
+        assert given["qkv_format"] == "thd" and given["max_seqlen_q"] <= given["max_seqlen_kv"]
+        assert given["attn_mask_type"] == "padding_causal_bottom_right"
+        ends_q, ends_k = (given[f"cu_seqlens_{side}"].tolist() for side in ("q", "kv"))
+        assert (ends_q[-1], ends_k[-1]) == (len(query), len(key))
+        out = torch.empty(len(query), query.shape[1] * query.shape[2])
+        for (a, b), (c, d) in zip(itertools.pairwise(ends_q), itertools.pairwise(ends_k), strict=True):
+            assert b - a <= given["max_seqlen_q"] and d - c <= given["max_seqlen_kv"]
+            shared = query.shape[1] // key.shape[1]
+            k, v = (x[c:d].repeat_interleave(shared, 1) for x in (key, value))
+            scores = torch.einsum("qhd,khd->hqk", query[a:b], k) / query.shape[2] ** 0.5
+            hidden = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a)).logical_not()
+            weights = scores.masked_fill(hidden, -torch.inf).softmax(2)
+            out[a:b] = torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
+        return out
+
+
+class _Megatrons(_VariableLengths):
+    def forward(self, *args: Any, **given: Any) -> Any:
+        return args, given
+
+
+@settings(deadline=None, max_examples=30)
+@given(siblings(), st.integers(0, 3))
+def test_variable_lengths_say_the_same_as_blocks(found: list[tuple[list[int], list[int]]], fill: int) -> None:
+    """What Transformer Engine is asked, answered by a plain one (no GPU here), is what the CPU's attention says."""
+    prompts = {i: tuple(prompt) for i, (prompt, _) in enumerate(found)}
+    chosen = batching.beginnings.shared(prompts, 1)
+    order = sorted(prompts, key=lambda i: (chosen[i].first if i in chosen else i, i))
+    row = batching.pack([(i, prompts[i], found[i][1]) for i in order], CPU, RowCut(multiple=1 + fill), chosen)
+    rows = packed_rows(row.lengths, CPU, starts=row.starts)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(len(row.ids_T), h, 12, generator=generator) for h in (4, 2, 2))
+    table = torch.randn(rows.max_seqlen_kv, 6, generator=generator).repeat(1, 2)
+    rows.set_rotary(table.cos(), table.sin())
+    config = transformer_config(read_hf_config(BASE_MODEL), LayoutConfig(), torch.float32)
+    attention = continuing(_Megatrons)()
+    if not rows.starts:
+        assert attention.forward(query, key, value, None, packed_seq_params=rows)[1] == {"packed_seq_params": rows}
+        return
+    ours = CausalAttention(config, 1, None, "self", softmax_scale=12**-0.5)(query, key, value, packed_seq_params=rows)
+    theirs = attention.forward(query, key, value, None, packed_seq_params=rows, attn_mask_type="causal")
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 LAYOUTS = ("tp2:qwen2", "tp2-sp:llama", "pp2:qwen3-tied", "dp2ep2:qwen3_moe")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_sdpo.config import ConfigError, Fp8Config, LayoutConfig
 from megatron_sdpo.mcore import platform
+from megatron_sdpo.mcore.continuing import with_continuations
 from megatron_sdpo.mcore.experts import with_experts
 from megatron_sdpo.mcore.fp8 import (
     EmulatedColumnLinear,
@@ -60,12 +61,16 @@ class HiddenStatesModel(GPTModel):
         return cast(Tensor, self.output_layer.weight)
 
     def _preprocess(self, *args: Any, packed_seq_params: PackedRows | None = None, **kwargs: Any) -> tuple[Any, ...]:
-        """As the base class; for packed rows on CPU the rotary tables go to the attention instead of the layers."""
+        """As the base class; for packed rows on CPU the rotary tables go to the attention instead of the layers.
+
+        So do they, in fp32, where pieces of a row continue others: Megatron's rotation lets every piece begin at 0.
+        """
         out: Any = super()._preprocess(*args, packed_seq_params=cast(Any, packed_seq_params), **kwargs)
-        if packed_seq_params is None or not self.rotary_in_attention:
+        if packed_seq_params is None or not (self.rotary_in_attention or packed_seq_params.starts):
             return out
         decoder_input, angles_S11D, *rest = out
-        angles_SD, dtype = angles_S11D[:, 0, 0], self.config.params_dtype
+        angles_SD = angles_S11D[:, 0, 0]
+        dtype = self.config.params_dtype if self.rotary_in_attention else torch.float32
         packed_seq_params.set_rotary(angles_SD.cos().to(dtype), angles_SD.sin().to(dtype))
         return decoder_input, None, *rest
 
@@ -298,6 +303,7 @@ def _block_spec(config: TransformerConfig, n_layers: int, emulated: bool) -> Any
     spec = get_gpt_layer_with_transformer_engine_spec(
         config.num_moe_experts, config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
     )
+    with_continuations(spec.submodules)
     if config.num_moe_experts:
         with_experts(spec.submodules)
     return spec

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_sdpo.batching import zigzag
+from megatron_sdpo.mcore.continuing import Continuations, seen
 from megatron_sdpo.mcore.elementwise import RMSNorm, SwiGLU, rotate
 from megatron_sdpo.mcore.experts import with_experts
 
@@ -66,52 +67,6 @@ class Padding:
         self.target_T[self.source_P[places]] = places
 
 
-class Continuations:
-    """Padding's blocks for a row of which some pieces continue others: queries, and all keys that these see.
-
-    A block has pieces that continue beginnings of one length (of none: 0) and whose own lengths lie within a factor of
-    two; each gets a copy of the keys and values of its beginning in front of its own: for the time of one layer's
-    attention. One mask over a whole group takes twice as long, as most of it is hidden. To attend to both parts one
-    after the other and weigh them by log-sum-exp saves a tenth to a fifth of the time for long beginnings, costs a
-    tenth for short ones, and needs an operator that torch does not show.
-
-    ``blocks``: (pieces, tokens before each, width). ``queries_P``, ``keys_S`` (int64): the packed row in each place,
-    block after block. ``target_T`` (int64): the place of each packed row among the queries.
-    """
-
-    def __init__(self, lengths: Tensor, starts: Sequence[int]) -> None:
-        row_starts, device = torch.cumsum(lengths, 0) - lengths, lengths.device
-        heads = list(itertools.accumulate(range(len(starts)), lambda head, i: i if starts[i] == 0 else head))
-        members_by_block: dict[tuple[int, int], list[int]] = {}
-        for i, length in enumerate(lengths.tolist()):
-            members_by_block.setdefault((starts[i], length.bit_length()), []).append(i)
-        blocks, queries, keys, insides = [], [], [], []
-        for (before, _), members in members_by_block.items():
-            last_M1 = (lengths[members] - 1)[:, None]
-            width = int(last_M1.max()) + 1
-            position_MW = torch.arange(width, device=device).expand(len(members), -1)
-            own_MW = row_starts[members][:, None] + torch.minimum(position_MW, last_M1)
-            head_MB = row_starts[[heads[i] for i in members]][:, None] + torch.arange(before, device=device)
-            blocks.append((len(members), before, width))
-            queries.append(own_MW.flatten())
-            keys.append(torch.cat((head_MB, own_MW), 1).flatten())
-            insides.append((position_MW <= last_M1).flatten())
-        self.blocks: tuple[tuple[int, int, int], ...] = tuple(blocks)
-        self.queries_P, self.keys_S = torch.cat(queries), torch.cat(keys)
-        places = torch.nonzero(torch.cat(insides)).squeeze(1)
-        self.target_T = torch.empty_like(places)
-        self.target_T[self.queries_P[places]] = places
-
-    @functools.cached_property
-    def masks(self) -> list[Tensor | None]:
-        """For each block which keys its queries see, ``[width, before + width]``; None: plainly causal."""
-        device = self.target_T.device
-        return [
-            torch.ones(width, before + width, dtype=torch.bool, device=device).tril(before) if before else None
-            for _, before, width in self.blocks
-        ]
-
-
 @dataclass
 class PackedRows(PackedSeqParams):
     """Megatron's description of one packed row ("thd" format), plus what the CPU attention derives from it."""
@@ -133,6 +88,15 @@ class PackedRows(PackedSeqParams):
         return Continuations(torch.diff(self.cu_seqlens_q).long(), self.starts)
 
     @functools.cached_property
+    def seen_S(self) -> Tensor:
+        """int64, the packed rows whose keys and values each piece sees, piece after piece (``cu_seqlens_kv``)."""
+        return seen(self._lengths, self.starts).to(self.cu_seqlens_q.device)
+
+    @property
+    def _lengths(self) -> list[int]:
+        return torch.diff(self.cu_seqlens_q).tolist()
+
+    @functools.cached_property
     def zigzag(self) -> "ZigZag":
         """Where tokens stand under context parallelism; the ranks are those of ``share``."""
         padded = self.cu_seqlens_q if self.cu_seqlens_q_padded is None else self.cu_seqlens_q_padded
@@ -143,8 +107,7 @@ class PackedRows(PackedSeqParams):
         if self.share[1] > 1:
             position_T = self.zigzag.position_T
         else:
-            lengths = torch.diff(self.cu_seqlens_q).tolist()
-            begins = zip(self.starts or [0] * len(lengths), lengths, strict=True)
+            begins = zip(self.starts or itertools.repeat(0), self._lengths, strict=False)
             position_T = torch.cat([torch.arange(start, start + n, device=cos_SD.device) for start, n in begins])
         self.rotary = cos_SD[position_T], sin_SD[position_T]
 
