@@ -251,12 +251,10 @@ def cuts_of(
     lengths = {i: len(prompt_of(samples[i], view)) + len(samples[i].response_ids) for share in shares for i in share}
     prefixes: dict[int, beginnings.Prefix] = {}
     if least_shared is not None:
-        by_question: dict[tuple[int, int], dict[int, tuple[int, ...]]] = {}
-        for rank, share in enumerate(shares):
-            for i in share:
-                by_question.setdefault((rank, samples[i].group), {})[i] = prompt_of(samples[i], view)
-        for prompts in by_question.values():
-            prefixes |= beginnings.shared(prompts, least_shared)
+        questions = [sample.group for sample in samples]
+        for share in shares:
+            prompts = {i: prompt_of(samples[i], view) for i in share}
+            prefixes |= beginnings.shared_by_siblings(prompts, questions, least_shared)
     count = _up_to(max(len(cut(share, lengths, budget, 0, prefixes)) for share in shares), count_multiple)
     ranks = [cut(share, lengths, budget, count, prefixes) for share in shares]
     return Cuts(tuple((*own, *[()] * (count - len(own))) for own in ranks), prefixes)

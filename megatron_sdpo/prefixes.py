@@ -77,6 +77,14 @@ def shared(prompts: Mapping[int, Sequence[int]], least: int) -> dict[int, Prefix
     return {i: Prefix(first[run], min(alike[run[0] : run[1] - 1])) for i, run in found.items()}
 
 
+def shared_by_siblings(prompts: Mapping[int, Sequence[int]], questions: Sequence[int], least: int) -> dict[int, Prefix]:
+    """``shared`` of each question's prompts by themselves; ``questions`` by position."""
+    by_question: dict[int, dict[int, Sequence[int]]] = {}
+    for i, prompt in prompts.items():
+        by_question.setdefault(questions[i], {})[i] = prompt
+    return {i: prefix for own in by_question.values() for i, prefix in shared(own, least).items()}
+
+
 def together(positions: Iterable[int], prefixes: Prefixes) -> list[tuple[Prefix | None, list[int]]]:
     """Neighbours that share a beginning, and each other sample by itself, in the order given.
 

@@ -17,7 +17,7 @@ from megatron_sdpo.batching import RowCut
 from megatron_sdpo.config import ConfigError, LayoutConfig, check
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.mcore.continuing import continuing
-from megatron_sdpo.mcore.dealing import shared_views
+from megatron_sdpo.mcore.dealing import Dealer, costs_of, shared_views
 from megatron_sdpo.mcore.forward import score
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import load_hf
@@ -258,22 +258,53 @@ def test_emulated_fp8_makes_the_same_codes(tmp_path: Path, groups: ParallelGroup
         assert apart(found[view], plain[view]) < 0.1 * apart(plain[view], exact[view])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_shares_too(tmp_path: Path, groups: ParallelGroups, dtype: str) -> None:
+    """fp32: the CPU's modules; bf16: Transformer Engine's, if it is there. Not yet run on a GPU."""
+    model = write_model(tmp_path)
+    plain, _, _ = scored(model, groups, LayoutConfig(), "off", f"model.dtype={dtype}", batches=0)
+    found, _, spared = scored(model, groups, LayoutConfig(), "scoring", f"model.dtype={dtype}", batches=0)
+    assert all(spared.values()) and len(spared) == 2
+    for view, expected in plain.items():
+        apart = torch.cat([(found[view][i] - x).abs().flatten() for i, x in expected.items()])
+        assert float(apart.mean()) < (1e-4 if dtype == "float32" else 0.03)
+
+
 def test_it_repeats_to_the_bit(folder: Path, groups: ParallelGroups) -> None:
     first, second = (scored(folder / "qwen3_moe", groups, LayoutConfig(), "scoring") for _ in range(2))
     assert first[1:] == second[1:]
     check_same(first[0], second[0], tolerance=0.0)
 
 
+def test_a_shared_beginning_weighs_once_for_all_its_readers() -> None:
+    context, other = tuple(range(2, 42)), (1,) * 9
+    samples = [
+        Sample("", 0, (1, 2), (3,) * 5, (), (*context, 50), 0.0),
+        Sample("", 0, (1, 2), (3,) * 6, (), context, 0.0),
+        Sample("", 0, (1, 2), (3,) * 7, (), other, 0.0),
+        Sample("", 1, (1, 2), (3,) * 8, (), context, 0.0),
+        Sample("", 1, (1, 2), (3,) * 9, (), None, 0.0),
+    ]
+    plain = [4 * (2 + 5) + 46, 4 * (2 + 6) + 46, 4 * (2 + 7) + 16, 4 * (2 + 8) + 48, 4 * (2 + 9)]
+    assert costs_of(samples, ()) == costs_of(samples, ("student",)) == plain
+    assert costs_of(samples, ("teacher",)) == [plain[0] - 20, plain[1] - 20, *plain[2:]]
+    dealer = Dealer(2, ("teacher",))
+    assert dealer.shares(samples, range(5)) == dealer.shares(samples, range(5)) == [[1, 0, 2], [3, 4]]
+    assert Dealer(2, ()).shares(samples, range(5)) != [[1, 0, 2], [3, 4]]
+
+
 def test_who_shares_by_default_and_who_is_refused() -> None:
-    def views(share: str, overrides: tuple[str, ...] = (), engine: bool = False) -> set[str]:
+    def views(share: str, overrides: tuple[str, ...] = (), gpu: bool = False) -> set[str]:
         config = make_config(Path("x"), (f"layout.share_prefixes={share}", *overrides))
-        return set(shared_views(config, engine))
+        return set(shared_views(config, gpu))
 
     context = ("layout.context_parallel=2", "layout.world_size=2")
     assert views("auto") == views("teacher") == {"teacher"}
     assert views("scoring") == {"student", "teacher"}
-    assert views("auto", context) == views("auto", engine=True) == views("off") == set()
-    assert views("teacher", engine=True) == {"teacher"}
+    assert views("auto", context) == views("auto", gpu=True) == views("off") == set()
+    assert views("teacher", gpu=True) == {"teacher"}
     assert views("auto", ("objective.kind=grpo",)) == views("scoring", ("objective.kind=next_token",)) == set()
     for share in ("teacher", "scoring"):
         config = make_config(Path("x"), (f"layout.share_prefixes={share}", *context))

@@ -33,11 +33,12 @@ class LayoutConfig:
     tokens_per_micro_batch: int = 8192
     """Packed tokens of a micro-batch; a sequence longer than this has a micro-batch of its own."""
     share_prefixes: Literal["auto", "off", "teacher", "scoring"] = "auto"
-    """Where attempts at a question have prompts that begin alike, a pass reads the beginning once: teacher, in the
-    teacher's passes; scoring, in the student's scoring passes too, whose log-probs may then differ from those of the
-    training passes by rounding (in bf16 you see it). Data ranks get whole questions as far as their work stays even. No
-    result changes beyond rounding; batch/shared_tokens says what it saved. Not with context_parallel, which divides
-    whole sequences. auto: teacher, but off with Transformer Engine (there it has not yet run) and context_parallel."""
+    """Attempts at a question have prompts that begin alike, the teacher's most of all; a pass may read what they share
+    once. teacher: the teacher's passes do; scoring: the student's scoring passes too, whose log-probs then differ from
+    those of the training passes by rounding, which shows in bf16. Data ranks get whole questions as far as their work
+    stays even. No result changes beyond rounding; batch/shared_tokens counts what is spared. Not with
+    context_parallel, which divides whole sequences. auto: teacher, but off with context_parallel, and on GPUs, where it
+    has not yet run."""
     head_chunk_tokens: int = 1024
     """Response tokens whose logits a rank holds at one time, forward and backward; changes memory, not results."""
     gradient_accumulation_fusion: Literal["auto", "on", "off"] = "auto"

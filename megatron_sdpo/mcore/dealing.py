@@ -1,40 +1,64 @@
 """Which samples each data rank passes, and in which of its passes siblings share the beginning of their prompts."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from megatron_sdpo import batching
 from megatron_sdpo.batching import View
 from megatron_sdpo.config import Config
+from megatron_sdpo.prefixes import LEAST_TOKENS, shared_by_siblings
 from megatron_sdpo.types import Sample
 
 
-def shared_views(config: Config, transformer_engine: bool) -> tuple[View, ...]:
-    """The views that are scored and share beginnings (``layout.share_prefixes``); ``transformer_engine``: what the
-    model is made of."""
+def shared_views(config: Config, on_gpu: bool) -> tuple[View, ...]:
+    """The views that are scored and share beginnings (``layout.share_prefixes``)."""
     layout, objective = config.layout, config.objective
     asked = layout.share_prefixes
     if asked == "auto":
-        asked = "off" if transformer_engine or layout.context_parallel > 1 else "teacher"
+        asked = "off" if on_gpu or layout.context_parallel > 1 else "teacher"
     teacher: tuple[View, ...] = ("teacher",) if asked != "off" and objective.has_teacher else ()
     return (*teacher, "student") if asked == "scoring" and objective.kind != "next_token" else teacher
 
 
-def shares(samples: Sequence[Sample], chosen: Sequence[int], data_size: int, siblings: bool) -> list[list[int]]:
-    """The ``chosen`` positions by data rank, evenly (``batching.assign``); ``siblings`` are dealt to one rank if they
-    can be, the same in each mini-batch."""
-    costs = _costs(samples)
-    homes = batching.homes_of(costs, [sample.group for sample in samples], data_size) if siblings else None
-    return batching.assign(costs, chosen, data_size, homes)
+class Dealer:
+    """Which samples each data rank passes; those of the last batch are weighed once."""
+
+    def __init__(self, data_size: int, views: Sequence[View]) -> None:
+        """``views`` are those whose scoring passes share beginnings."""
+        self._size = data_size
+        self._views = views if data_size > 1 else ()
+        self._samples: Sequence[Sample] = ()
+        self._costs: list[int] = []
+        self._homes: list[int] | None = None
+
+    def shares(self, samples: Sequence[Sample], chosen: Sequence[int]) -> list[list[int]]:
+        """The ``chosen`` positions in a batch's samples by data rank, evenly (``batching.assign``). Where beginnings
+        are shared, siblings are dealt to one rank if they can be, the same in each mini-batch."""
+        if samples is not self._samples:
+            self._samples, self._costs = samples, costs_of(samples, self._views)
+            questions = [sample.group for sample in samples]
+            self._homes = batching.homes_of(self._costs, questions, self._size) if self._views else None
+        return batching.assign(self._costs, chosen, self._size, self._homes)
 
 
-def _costs(samples: Sequence[Sample]) -> list[int]:
+def costs_of(samples: Sequence[Sample], views: Sequence[View]) -> list[int]:
     """Tokens that all passes read of each sample: score and train as student (4 forwards' worth), score as teacher.
 
-    Beginnings that siblings share count for each of them: who shares with whom follows from how they are dealt.
+    A beginning that siblings share in the scoring passes of ``views`` counts in equal parts for all of them, as if they
+    were dealt to one rank.
     """
-    costs = []
-    for sample in samples:
-        student = len(sample.prompt_ids) + len(sample.response_ids)
-        teacher = len(sample.teacher_prompt_ids) + len(sample.response_ids) if sample.teacher_prompt_ids else 0
-        costs.append(4 * student + teacher)
+    costs = [3 * (len(s.prompt_ids) + len(s.response_ids)) for s in samples]
+    for view in ("student", "teacher"):
+        read = {
+            i: batching.prompt_of(s, view)
+            for i, s in enumerate(samples)
+            if view == "student" or s.teacher_prompt_ids is not None
+        }
+        for i, prompt in read.items():
+            costs[i] += len(prompt) + len(samples[i].response_ids)
+        questions = [sample.group for sample in samples]
+        chosen = shared_by_siblings(read, questions, LEAST_TOKENS) if view in views else {}
+        readers = Counter(chosen.values())
+        for i, prefix in chosen.items():
+            costs[i] -= prefix.tokens - prefix.tokens // readers[prefix]
     return costs

@@ -63,8 +63,8 @@ class Learner:
         tensor_ranks = groups.tensor_size if config.layout.sequence_parallel else 1
         self.row = RowCut(groups.context_rank, groups.context_size, tensor_ranks * token_multiple(config.fp8))
         self._count_multiple = groups.pipeline_size if config.layout.virtual_pipeline > 1 else 1
-        transformer_engine = self.model.config.transformer_impl == "transformer_engine"
-        self._shared_views = dealing.shared_views(config, transformer_engine)
+        self._shared_views = dealing.shared_views(config, on_gpu=self.device.type == "cuda")
+        self._dealer = dealing.Dealer(groups.data_size, self._shared_views)
         self._spared: dict[View, Tokens] = {}
         """What scoring passes over the last batch did not compute, on all ranks, as siblings share beginnings."""
         self.step = 0
@@ -296,8 +296,7 @@ class Learner:
             tokens, padding = (loss.new_tensor(float(n)) for n in (len(micro_batch.ids_T), micro_batch.my_padding))
             return loss, {**metrics, TOTAL: loss.detach(), _ROW_TOKENS: tokens, _PADDING: padding}
 
-        shares = dealing.shares(samples, chosen, self.groups.data_size, bool(self._shared_views))
-        return self._cut(samples, shares, "student"), on_hidden
+        return self._cut(samples, self._dealer.shares(samples, chosen), "student"), on_hidden
 
     def _accumulate(self, micro_batches: Sequence[MicroBatch], on_hidden: OnHidden) -> list[dict[str, Tensor]]:
         """The gradient of these micro-batches and no others, summed over all ranks; their reports on the last stage."""
@@ -342,9 +341,8 @@ class Learner:
 
     def _shares(self, batch: Batch) -> list[list[int]]:
         """Every data rank's samples, dealt as in the training passes: scores are then found where they are needed."""
-        size, siblings = self.groups.data_size, bool(self._shared_views)
-        dealt = [dealing.shares(batch.samples, chosen, size, siblings) for chosen in self._mini_batches(batch)]
-        return [[i for shares in dealt for i in shares[rank]] for rank in range(size)]
+        dealt = [self._dealer.shares(batch.samples, chosen) for chosen in self._mini_batches(batch)]
+        return [[i for shares in dealt for i in shares[rank]] for rank in range(self.groups.data_size)]
 
     def _cut(
         self, samples: Sequence[Sample], shares: Sequence[Sequence[int]], view: View, share: bool = False
