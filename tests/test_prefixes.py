@@ -85,6 +85,13 @@ def test_what_siblings_share_is_the_longest_solution_not_the_question_alone() ->
     assert shared({}, 1) == shared({0: (1,)}, 1) == shared({0: (1, 2), 1: (1, 3)}, 2) == {}
 
 
+def test_a_long_chain_of_beginnings_is_no_deeper_than_a_list() -> None:
+    chain = {i: tuple(range(i + 1)) for i in range(200)}
+    chosen = shared(chain, 1)
+    assert all(chain[i][: prefix.tokens] == chain[prefix.first][: prefix.tokens] for i, prefix in chosen.items())
+    assert spared([sorted(chosen, key=lambda i: chosen[i].first)], chosen).tokens > 199 * 200 // 2 * 0.8
+
+
 def check_row(batch: MicroBatch, samples: Sequence[Sample], view: View) -> None:
     """Each sequence found in the row by positions alone: a piece at 0 begins one, any other continues the last such."""
     ends = list(itertools.accumulate(batch.lengths))
