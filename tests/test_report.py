@@ -128,6 +128,37 @@ def test_the_curves_are_drawn_for_both_colour_schemes(tmp_path: Path) -> None:
         assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20
 
 
+def test_numbers_that_tell_whether_a_run_is_healthy(tmp_path: Path) -> None:
+    """Drawn where they are recorded; and every number is explained."""
+    run_dir = make_run(tmp_path / "study")
+    assert "Is it healthy?" not in read(write_report(run_dir)).text
+    rows = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    for row in rows[1:]:
+        row |= {"loss/entropy": 1 / row["step"], "rollout/response_tokens": 8.0, "context/feedback": 0.5}
+        row |= {"context/both": 0.0, "loss/divergence/max": 0.25, "rollout/cut_share": 0.0}
+    (run_dir / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html = write_report(run_dir).read_text()
+    curves, health = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert "Policy entropy" in health and "nats per token" in health and "Policy entropy" not in curves
+    assert "What the teacher reads" in health and ">feedback<" in health and ">both<" not in health
+    ElementTree.fromstring(health)
+    text = Page(html).text
+    assert "loss/entropy 1 0.125 0.125 1 nats of the policy at a token, mean" in text
+    assert "loss/divergence/max 0.25 0.25 0.25 0.25 nats largest of all tokens: between student and teacher" in text
+
+
+def test_a_long_run_has_no_more_bars_than_can_be_seen(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "study")
+    short = write_report(run_dir).read_text()
+    row = json.loads((run_dir / METRICS_FILE).read_text().splitlines()[1])
+    rows = [{**row, "step": step, "generations": 32 * step} for step in range(1, 1201)]
+    (run_dir / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    long = write_report(run_dir).read_text()
+    assert "step; a bar is the mean of 8" in long and "a bar is" not in short
+    assert long.count("<path") < short.count("<path") + 2 * 150  # two phases
+    assert ">30k<" in long  # generations
+
+
 def test_text_of_a_model_stays_text(tmp_path: Path) -> None:
     long = HOSTILE + "y" * TEXT_LIMIT
     run_dir = make_run(tmp_path / "study", text=long, name=HOSTILE, task=TaskConfig(name="t", options={"x": HOSTILE}))

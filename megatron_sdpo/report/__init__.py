@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_sdpo import measures
 from megatron_sdpo.config import Config, ConfigError, fields_by_name
-from megatron_sdpo.report.figures import PHASES, curve_png, curve_svg
+from megatron_sdpo.report.figures import PHASES, curve_png, curve_svg, diagnostics_svg
 from megatron_sdpo.report.page import render, write
 from megatron_sdpo.report.record import RunRecord, read_run
 from megatron_sdpo.timeline import write_timeline
@@ -37,7 +38,9 @@ def write_report(run_dir: Path) -> Path:
         run=run,
         headlines=_headlines(run),
         curves=curve_svg([run]) if run.rows else "",
+        diagnostics=diagnostics_svg(run),
         phases=_phase_table(run),
+        numbers=_numbers(run),
         changed=changed,
         default=default,
         transcripts=[_transcript(group) for group in run.groups],
@@ -121,6 +124,18 @@ def _phase_table(run: RunRecord) -> list[dict[str, Any]]:
         for name, v in totals.items()
         if v and whole > 0
     ]
+
+
+def _numbers(run: RunRecord) -> list[tuple[str, list[str], str, str]]:
+    """(key, first, last, least and greatest value, unit, meaning) of every number that the run records."""
+    lines = []
+    for key in measures.in_order({key for row in run.rows for key in row} - {"step", "generations"}):
+        _, values = run.series(key, against="step")
+        found = measures.measure(key) or measures.Measure("", "")
+        if values:
+            chosen = (values[0], values[-1], min(values), max(values))
+            lines.append((key, [measures.shown(value) for value in chosen], found.unit, found.words))
+    return lines
 
 
 def _flat(config: Config) -> dict[str, Any]:

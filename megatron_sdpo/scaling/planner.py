@@ -95,7 +95,7 @@ def gpus_of(config: Config, nodes: int, sharing: Sharing = Sharing.SEPARATE) -> 
 
 
 def nodes_of(config: Config, sharing: Sharing = Sharing.SEPARATE) -> int:
-    """How many a run takes: one if all fit there, else trainer ranks and engines share none. No engine crosses nodes."""
+    """How many a run takes: one if all fit there, else ranks and engines share none. No engine crosses nodes."""
     ranks, count, tensor = config.layout.world_size, config.engine.count, config.engine.tensor_parallel
     if sharing is Sharing.COLOCATED:
         return -(-max(ranks, count * tensor) // GPUS_PER_NODE)
