@@ -46,7 +46,7 @@ def refusal(folder: Path, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["optim.learning_rate=1"], "unknown configuration key 'optim.learning_rate'; did you mean optim."),
+        (["optim.learning_rate=1"], "unknown configuration key 'optim.learning_rate'; the keys of optim are lr, "),
         (["optim.lrr=1"], "did you mean optim.lr?"),
         (["steps=few"], "steps='few' does not fit: it must be a whole number"),
         (["optim.lr=NaN"], "numbers must be finite"),
@@ -149,9 +149,9 @@ def test_a_mistake_before_an_option_and_after_it_is_refused_alike(tmp_path: Path
         assert "steps='few'" in refusal(tmp_path, "train", "minipipe", *arguments)
 
 
-def test_an_unknown_recipe_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_recipe_is_refused_with_what_is_like_it(tmp_path: Path) -> None:
     words = refusal(tmp_path, "train", "maxipipe")
-    assert "there is no recipe 'maxipipe'" in words and "minipipe, minipipe-discovery, minipipe-grpo" in words
+    assert "there is no recipe 'maxipipe'; did you mean minipipe" in words
 
 
 def without(name: str) -> Callable[[Path], None]:

@@ -189,11 +189,6 @@ def test_recipes_do_not_share_names_or_directories() -> None:
     assert len({config.run_dir for config in configs}) == len({config.name for config in configs}) == len(NAMES)
 
 
-def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=f"there is no recipe 'nope'; the recipes are {', '.join(NAMES)}"):
-        recipe("nope")
-
-
 def test_olmo3_is_refused_with_the_reason(tmp_path: Path) -> None:
     """The paper's second model. There is no recipe, and a recipe pointed at it says why."""
     with pytest.raises(

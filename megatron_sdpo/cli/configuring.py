@@ -7,18 +7,23 @@ from typing import TypeAlias
 
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import Config
-from recipes import recipe, recipes
+from recipes import recipe
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """Where a command's parser is added; argparse has no public name for it."""
 RAW = argparse.RawDescriptionHelpFormatter
+RECIPE_HELP = "a name that `megatron-sdpo recipes` lists, or module:function, a recipe of your own"
 
 
 def add_recipe(command: argparse.ArgumentParser) -> None:
     """RECIPE, key=value, --layout and --run-dir, which ``read_config`` reads."""
-    command.add_argument("recipe", help=f"one of: {', '.join(sorted(recipes()))}")
+    command.add_argument("recipe", help=RECIPE_HELP)
     command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="change one configuration value, e.g. optim.lr=1e-3"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="change one configuration value, e.g. optim.lr=1e-3",
     )
     command.add_argument("--layout", help=configuration.LAYOUT_HELP)
     command.add_argument("--run-dir", help="where everything is written (short for run_dir=)")
