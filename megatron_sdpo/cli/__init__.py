@@ -4,7 +4,7 @@
 configuring.py   what commands about a recipe share: its arguments, its overrides
 training.py      train, discover, replay
 models.py        evaluate, serve, convert
-pages.py         recipes, plan, metrics, report
+pages.py         recipes, keys, plan, metrics, report
 doctor.py        doctor
 ===============  ================================================================
 
@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     pages.add_recipes(commands)
+    pages.add_keys(commands)
     training.add_train(commands)
     training.add_discover(commands)
     models.add_evaluate(commands)

@@ -1,11 +1,12 @@
-"""``recipes``, ``plan``, ``metrics`` and ``report``: what there is, what a run would need, what a run was."""
+"""``recipes``, ``keys``, ``plan``, ``metrics`` and ``report``: what there is, what a run would need, what it was."""
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sdpo.cli.configuring import RAW, Commands, add_recipe, read_config
-from megatron_sdpo.config import ConfigError, layout_name
+from megatron_sdpo.cli.configuring import RAW, Commands, add_recipe, key_line, read_config
+from megatron_sdpo.config import ConfigError, fields_by_name, layout_name, meanings
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.measures import LARGEST, MEASURES, Measure, in_order, measure, shown
 from megatron_sdpo.tracking import METRICS_FILE, read_metrics
@@ -33,6 +34,34 @@ def _print_aligned(lines: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def add_keys(commands: Commands) -> None:
+    command = commands.add_parser(
+        "keys",
+        help="what every configuration key means",
+        description="What configuration keys mean, with type and default: all, or those with a WORD in their name or\n"
+        "meaning (`keys teacher.`, `keys fp8`, `keys memory`).",
+        formatter_class=RAW,
+    )
+    command.add_argument("words", nargs="*", metavar="WORD", help="keys that have all of these")
+    command.set_defaults(run=list_keys)
+
+
+def list_keys(arguments: argparse.Namespace) -> None:
+    """By section; what a key means below it."""
+    keys, said, section = fields_by_name(), meanings(), ""
+    found = [key for key in keys if all(word.lower() in f"{key} {said[key]}".lower() for word in arguments.words)]
+    if not found:
+        raise ConfigError(f"no configuration key has {' and '.join(arguments.words)} in its name or meaning")
+    for key in found:
+        above = key.rpartition(".")[0]
+        if above != section:
+            print(f"\n{above}: {textwrap.fill(said[above], 110, subsequent_indent='  ')}")
+            section = above
+        print(f"  {key_line(key, *keys[key])}")
+        if said[key]:
+            print(textwrap.indent(textwrap.fill(said[key], 106, break_on_hyphens=False), " " * 6))
 
 
 def add_plan(commands: Commands) -> None:

@@ -1,9 +1,12 @@
 """The tree from overrides and JSON, and back: unknown keys and values of another type are refused."""
 
+import ast
 import dataclasses
 import difflib
+import inspect
 import json
 import math
+import textwrap
 import types
 import typing
 from collections.abc import Collection, Sequence
@@ -29,6 +32,28 @@ def fields_by_name(kind: type = Config, prefix: str = "") -> dict[str, tuple[Any
                 default = f.default_factory()
             leaves[prefix + f.name] = (hints[f.name], default)
     return leaves
+
+
+def meanings(kind: type = Config, prefix: str = "") -> dict[str, str]:
+    """Dotted name -> what it means, of every key: the words below it in the source; "" where there are none.
+
+    A section's own words are under its name.
+    """
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(tree, ast.ClassDef)
+    words = {}
+    for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            value = after.value if isinstance(after, ast.Expr) else None
+            text = value.value if isinstance(value, ast.Constant) else ""
+            words[node.target.id] = " ".join(str(text).split())
+    found: dict[str, str] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        found[prefix + name] = words[name]
+        if dataclasses.is_dataclass(hint):
+            found[prefix + name] = " ".join((inspect.getdoc(hint) or "").split())
+            found |= meanings(hint, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+    return found
 
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
