@@ -5,7 +5,6 @@ import pytest
 from megatron_sdpo.cli import main
 from megatron_sdpo.config import fields_by_name, meanings
 
-
 PLAIN = (
     *("layout.tensor_parallel", "layout.pipeline_parallel", "engine.tensor_parallel", "engine.max_running_requests"),
     *("engine.start_timeout_s", "engine.request_timeout_s"),

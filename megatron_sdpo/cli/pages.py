@@ -57,7 +57,7 @@ def list_keys(arguments: argparse.Namespace) -> None:
     for key in found:
         above = key.rpartition(".")[0]
         if above != section:
-            print(f"\n{above}: {textwrap.fill(said[above], 110, subsequent_indent='  ')}")
+            print(f"\n{above}: {textwrap.fill(said[above], 110, subsequent_indent='    ')}")
             section = above
         print(f"  {key_line(key, *keys[key])}")
         if said[key]:
