@@ -375,7 +375,9 @@ def test_a_conversion_of_what_is_no_checkpoint_is_refused(tmp_path: Path) -> Non
     assert "exists already" in refusal(tmp_path, "convert", BASE_MODEL, "there")
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["train", "minipipe", "--fast"], ["report", ".", "a=1"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["train"], ["train", "minipipe", "--fast"], ["metrics", ".", "a=1"]]
+)
 def test_wrong_usage_is_shown_the_right_one(tmp_path: Path, arguments: list[str]) -> None:
     done = run(tmp_path, *arguments)
     assert done.returncode == 2
