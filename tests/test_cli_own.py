@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sdpo.config import ConfigError, apply_overrides
+from megatron_sdpo.config import ConfigError, apply_overrides, check
 from recipes import recipe, recipes
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +84,14 @@ def test_a_recipe_of_ones_own(folder: Path) -> None:
     assert (made["name"], made["task"]["name"], made["optim"]["lr"]) == ("sums", "sums:Sums", 0.5)
     done = command(folder, "plan", "mine:sums")
     assert done.returncode == 0 and "it fits" in done.stdout, done.stderr
+
+
+def test_the_readmes_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "readme_recipe.py").write_text(readme_block("# mine.py"))
+    monkeypatch.syspath_prepend(tmp_path)
+    made = recipe("readme_recipe:sums")
+    assert (made.name, made.task.options, made.optim.lr, made.steps) == ("sums", {"largest": 20}, 2e-6, 100)
+    check(made)
 
 
 @pytest.mark.parametrize(
