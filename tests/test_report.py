@@ -12,11 +12,16 @@ import pytest
 from PIL import Image
 
 from megatron_sdpo import config as configuration
+from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config, ConfigError, ModelConfig, OptimConfig, RolloutConfig, TaskConfig
 from megatron_sdpo.report import write_comparison, write_report
+from megatron_sdpo.report.contexts import NO_TARGET
 from megatron_sdpo.report.page import TEXT_LIMIT
+from megatron_sdpo.teacher_context import build_contexts
 from megatron_sdpo.tracking import METRICS_FILE, Tracker
 from megatron_sdpo.types import Attempt, Group, Message, Question, Verdict
+from recipes import recipe
+from recipes.minipipe import BASE_MODEL
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" {{ 7 * 7 }} \U0001f600"
 
@@ -157,6 +162,24 @@ def test_a_long_run_has_no_more_bars_than_can_be_seen(tmp_path: Path) -> None:
     assert "step; a bar is the mean of 8" in long and "a bar is" not in short
     assert long.count("<path") < short.count("<path") + 2 * 150  # two phases
     assert ">30k<" in long  # generations
+
+
+def test_what_the_teacher_read_is_shown_where_the_tokenizer_is(tmp_path: Path) -> None:
+    """Failed attempts: a sibling's success; the success itself: no other, nor feedback."""
+    run_dir = make_run(tmp_path / "away", text="keep over 2 , sum")
+    page = read(write_report(run_dir))
+    assert "left out: the tokenizer directory model does not exist" in page.text
+    assert "before this attempt" not in page.text
+    base = dataclasses.replace(recipe("minipipe"), run_dir=str(run_dir), steps=8)
+    configuration.save(base, run_dir / "config.json")
+    page = read(write_report(run_dir))
+    assert page.text.count("what the teacher reads before this attempt") == page.text.count("weights of version")
+    groups = [msgspec.json.decode(line, type=Group) for line in (run_dir / "attempts" / "step-000000.jsonl").open("rb")]
+    told, _ = build_contexts(groups[2], base.teacher_context, tokens := Chat(BASE_MODEL))
+    assert told[1].prompt_ids is not None and " ".join(tokens.text(told[1].prompt_ids).split()) in page.text
+    assert NO_TARGET not in page.text  # of the successful attempts, too, another may demonstrate
+    configuration.save(dataclasses.replace(recipe("minipipe-grpo"), steps=8), run_dir / "config.json")
+    assert "the teacher read" not in read(write_report(run_dir)).text
 
 
 def test_text_of_a_model_stays_text(tmp_path: Path) -> None:
