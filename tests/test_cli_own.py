@@ -115,6 +115,21 @@ def test_what_is_no_recipe_is_refused(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("raise ValueError('no digits')", "task 'own:Sums' fails on an empty answer to '0+0': ValueError('no digits')"),
+        ("return 1.0", "verify of task 'own:Sums' returned 1.0; it must return a Verdict(reward, feedback)"),
+        ("return Verdict(7.0)", "verify of task 'own:Sums' gave the reward 7.0; a reward lies in [0, 1]"),
+    ],
+)
+def test_a_verifier_that_does_not_work_is_told_before_engines_start(folder: Path, body: str, words: str) -> None:
+    before, _, _ = (folder / "sums.py").read_text().partition("        right = str")
+    (folder / "own.py").write_text(f"{before}        {body}\n")
+    done = command(folder, "train", "minipipe", "task.name=own:Sums", "model.max_length=200", "--dry-run")
+    assert (done.returncode, done.stderr) == (2, f"error: {words}\n")
+
+
+@pytest.mark.parametrize(
     ("override", "words"),
     [
         ("optim.learning_rate=1", "; the keys of optim are lr, lr_decay, "),

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron_sdpo.rollout.prompts import PromptStream, check_lengths
 from megatron_sdpo.sandbox import check_sandbox, say_uneven_workers
 from megatron_sdpo.tasks import load_task
 from megatron_sdpo.teacher_context import check_templates
+from megatron_sdpo.types import Question, Task, Verdict
 
 BYTES_A_WEIGHT = 12
 """Of a checkpoint: the fp32 weight and AdamW's two moments; a teacher is 4 more."""
@@ -48,12 +50,30 @@ def check_run(config: Config, must_evaluate: bool = False) -> None:
         hint = "" if must_evaluate else "; set evaluation.every=0"
         raise ConfigError(f"the task {config.task.name!r} has no held-out questions{hint}")
     questions = [*task.train_questions(), *task.eval_questions()]
+    check_verdict(task, config.task.name, questions)
     check_lengths(questions, tokens, config.rollout.max_new_tokens, config.model.max_length)
     if config.debug.from_journal is None:
         check_ports(config)
     else:
         check_journal(config, Path(config.debug.from_journal))
     _check_run_dir(Path(config.run_dir), checkpoint_bytes(config) if has_trainer else 0)
+
+
+def check_verdict(task: Task, name: str, questions: Sequence[Question]) -> None:
+    """Refuse a user's own task that does not judge the empty answer, as any answer may be; before engines have started.
+
+    One that executes programs is left to the run, where its sandboxes are.
+    """
+    if ":" not in name or hasattr(task, "use_sandbox") or not questions:
+        return
+    try:
+        verdict = task.verify(questions[0], "")
+    except Exception as error:  # a user's verifier may fail in any way; the cause stays attached
+        raise ConfigError(f"task {name!r} fails on an empty answer to {questions[0].id!r}: {error!r}") from error
+    if not isinstance(verdict, Verdict):
+        raise ConfigError(f"verify of task {name!r} returned {verdict!r}; it must return a Verdict(reward, feedback)")
+    if not 0.0 <= verdict.reward <= 1.0:
+        raise ConfigError(f"verify of task {name!r} gave the reward {verdict.reward}; a reward lies in [0, 1]")
 
 
 def checkpoint_bytes(config: Config) -> int:
