@@ -21,6 +21,7 @@ from megatron_sdpo.rollout.prompts import PromptStream, check_lengths
 from megatron_sdpo.sandbox import check_sandbox, say_uneven_workers
 from megatron_sdpo.tasks import load_task
 from megatron_sdpo.teacher_context import check_templates
+from megatron_sdpo.tracking import check_trackers
 from megatron_sdpo.types import Question, Task, Verdict
 
 BYTES_A_WEIGHT = 12
@@ -38,6 +39,7 @@ def check_run(config: Config, must_evaluate: bool = False) -> None:
     model, tokens = _read_model(config, has_trainer)
     check_model(config, model)
     check_fp8(config.fp8)
+    check_trackers(config.tracking)
     _check_teacher_length(config, model)
     check_templates(config.teacher_context)
     task = load_task(config.task.name, **config.task.options)
