@@ -81,6 +81,8 @@ def test_a_run_directory_without_room_for_a_checkpoint(tmp_path: Path, monkeypat
     with pytest.raises(ConfigError, match=r"0.005 GB free, and one checkpoint takes 0.00594 GB; make room or set"):
         check_run(config)
     check_run(config, must_evaluate=True)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=0, total=0))
+    check_run(config)  # a file system that does not tell
 
 
 @pytest.mark.slow

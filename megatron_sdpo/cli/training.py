@@ -92,10 +92,11 @@ def _run(config: Config, run_dir: RunDir, program: Program) -> None:
     try:
         run_locally(config, run_dir, program)
     except RoleDied as error:
-        free = shutil.disk_usage(run_dir.path).free
-        if free > FULL:
+        disk = shutil.disk_usage(run_dir.path)
+        if disk.free > FULL or not disk.total:
             raise
-        raise RoleDied(f"{error}\nThe disk of {run_dir.path} is full ({free / 1e6:.1f} MB free): make room.") from error
+        words = f"The disk of {run_dir.path} is full ({disk.free / 1e6:.1f} MB free): make room."
+        raise RoleDied(f"{error}\n{words}") from error
 
 
 def add_discover(commands: Commands) -> None:

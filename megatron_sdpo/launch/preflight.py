@@ -157,9 +157,9 @@ def _check_run_dir(path: Path, checkpoint: int = 0) -> None:
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(f"run_dir {path} cannot be written; set another run_dir")
-    free = shutil.disk_usage(existing).free
-    if free < checkpoint:
+    disk = shutil.disk_usage(existing)
+    if disk.total and disk.free < checkpoint:  # some file systems do not tell, and have no size either
         raise ConfigError(
-            f"run_dir {path} has {free / 1e9:.3g} GB free, and one checkpoint takes {checkpoint / 1e9:.3g} GB; make"
+            f"run_dir {path} has {disk.free / 1e9:.3g} GB free, and one checkpoint takes {checkpoint / 1e9:.3g} GB; make"
             " room or set another run_dir"
         )
