@@ -160,6 +160,6 @@ def _check_run_dir(path: Path, checkpoint: int = 0) -> None:
     disk = shutil.disk_usage(existing)
     if disk.total and disk.free < checkpoint:  # some file systems do not tell, and have no size either
         raise ConfigError(
-            f"run_dir {path} has {disk.free / 1e9:.3g} GB free, and one checkpoint takes {checkpoint / 1e9:.3g} GB; make"
-            " room or set another run_dir"
+            f"run_dir {path} has {disk.free / 1e9:.3g} GB free, and one checkpoint takes {checkpoint / 1e9:.3g} GB;"
+            " make room or set another run_dir"
         )
