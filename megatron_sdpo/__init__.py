@@ -4,7 +4,7 @@ The data meets the files in this order; an import never points up the list (test
 
     types  phases  timeline  config  fp8_format  hf_config  flops  sandbox  tasks  chat  quantization_kernels
     quantization  rollout  teacher_context  batching  vocabulary_kernels  vocabulary  divergence  fused  credit
-    objective  teacher  guard  spikes  mcore  reshard  loop  discovery  evaluate  tracking  profiler  report
+    objective  teacher  guard  spikes  mcore  reshard  loop  discovery  evaluate  measures  tracking  profiler  report
     scaling  launch  cli
 """
 

@@ -90,15 +90,23 @@ class OptimConfig:
     """AdamW."""
 
     lr: float = 1e-5
+    """After warm-up."""
     lr_decay: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the learning rate after warm-up, from lr to lr * min_lr_ratio at the last step."""
     min_lr_ratio: float = 0.0
+    """See lr_decay."""
     warmup_steps: int = 0
+    """Generation batches over which the learning rate rises to lr, linearly."""
     weight_decay: float = 0.01
+    """AdamW's, decoupled."""
     beta1: float = 0.9
+    """Decay of the mean of gradients."""
     beta2: float = 0.999
+    """Decay of the mean of their squares."""
     eps: float = 1e-8
+    """Added to the root of the latter."""
     clip_grad: float = 1.0
+    """Largest norm of a gradient; a longer one is scaled down to it. 0 leaves all as they are."""
     mini_batches: int = 1
     """Optimizer steps per generation batch; samples are dealt to them at random by seed."""
 

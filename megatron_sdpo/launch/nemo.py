@@ -108,7 +108,7 @@ def _task(recipe: str, config: Config | None, overrides: list[str], layout: str,
 def _launch(ctx: run.cli.RunContext, title: str, build: Callable[[], Mapping[str, Step]], python: str) -> None:
     executor = ctx.executor or run.LocalExecutor(packager=run.Packager())
     try:
-        codes = launch(title, build(), executor, python, dryrun=ctx.dryrun, detach=ctx.detach)
+        codes = launch(title.replace(":", "-"), build(), executor, python, dryrun=ctx.dryrun, detach=ctx.detach)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         _outcome.append(2)
