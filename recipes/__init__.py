@@ -5,9 +5,11 @@ One module a model family; modules whose name begins with an underscore hold pie
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from megatron_sdpo.config import Config, ConfigError
+from megatron_sdpo.scaling.study import Study
 
 Recipe = Callable[[], Config]
 _ABSENT = {
@@ -20,11 +22,20 @@ _ABSENT = {
 def recipes() -> dict[str, Recipe]:
     """Every recipe by name: the functions that a module of this package lists in its ``RECIPES``."""
     found: dict[str, Recipe] = {}
-    for module in pkgutil.iter_modules(__path__):
-        if module.name.startswith("_"):
-            continue
-        found |= importlib.import_module(f"{__name__}.{module.name}").RECIPES
+    for module in _modules():
+        found |= module.RECIPES
     return found
+
+
+def studies() -> dict[str, Study]:
+    """Every scaling study by name: those that a module of this package lists in its ``STUDIES``."""
+    return {study.name: study for module in _modules() for study in getattr(module, "STUDIES", ())}
+
+
+def _modules() -> Iterator[Any]:
+    for module in pkgutil.iter_modules(__path__):
+        if not module.name.startswith("_"):
+            yield importlib.import_module(f"{__name__}.{module.name}")
 
 
 def recipe(name: str) -> Config:

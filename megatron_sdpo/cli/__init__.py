@@ -1,10 +1,12 @@
-"""The command line: ``megatron-sdpo train | discover | evaluate | serve | convert | plan | doctor | replay | report``.
+"""The command line: ``megatron-sdpo train | discover | evaluate | serve | convert | plan | doctor | replay |
+report | study``.
 
 ===============  ================================================================
 configuring.py   what commands about a recipe share: its arguments, its overrides
 training.py      train, discover, replay
 models.py        evaluate, serve, convert
 pages.py         plan, report
+studies.py       study
 doctor.py        doctor
 ===============  ================================================================
 
@@ -18,7 +20,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_sdpo import __version__
-from megatron_sdpo.cli import models, pages, training
+from megatron_sdpo.cli import models, pages, studies, training
 from megatron_sdpo.cli.doctor import add_doctor
 from megatron_sdpo.config import ConfigError
 from megatron_sdpo.launch.local import Interrupted, RoleDied
@@ -66,4 +68,5 @@ def _parser() -> argparse.ArgumentParser:
     add_doctor(commands)
     training.add_replay(commands)
     pages.add_report(commands)
+    studies.add_study(commands)
     return parser
