@@ -91,7 +91,7 @@ def write_runs(folder: Path, curves: dict[tuple[str, str], Saturating], seeds: i
 
 
 def known(exponent: float = 1.3, dearer: float = 2.0, largest: float = 1.0) -> dict[tuple[str, str], Saturating]:
-    """Half costs SDPO ``size ** exponent``, GRPO ``dearer`` times that; both ``largest`` times more at the largest size."""
+    """Half costs SDPO ``size ** exponent``, GRPO ``dearer`` times that, and the largest size ``largest`` times more."""
     curves = {}
     for arm, factor in (("sdpo", 1.0), ("grpo", dearer)):
         for size, parameters in SIZES.items():

@@ -167,13 +167,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the MiniPipe model directory.")
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the model, a multiple of 16")
     parser.add_argument("--weights", action="store_true", help="write untrained weights, too")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_tokenizer(arguments.out)
-    write_config(arguments.out)
+    write_config(arguments.out, arguments.width)
     if arguments.weights:
-        write_initial_weights(arguments.out / "model.safetensors", arguments.seed)
+        write_initial_weights(arguments.out / "model.safetensors", arguments.seed, arguments.width)
     print(f"wrote {arguments.out}")
 
 
