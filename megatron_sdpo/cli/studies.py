@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_sdpo.cli.configuring import RAW, Commands
 from megatron_sdpo.config import ConfigError
-from megatron_sdpo.scaling.runs import Manifest, read_manifest, steps_done
+from megatron_sdpo.scaling.runs import FILE, Manifest, read_manifest, steps_done
 from megatron_sdpo.scaling.study import Cell
 from recipes import studies
 
@@ -40,8 +40,8 @@ def study(arguments: argparse.Namespace) -> None:
     if arguments.jobs < 1:
         raise ConfigError(f"--jobs is {arguments.jobs}; it must be at least 1")
     folder = arguments.out or Path("runs") / arguments.study
-    if arguments.report:
-        _report(folder)
+    if arguments.report and (folder / FILE).exists():
+        _report(folder, read_manifest(folder))
         return
     from megatron_sdpo.launch import studies as launching  # loads torch
 
@@ -49,6 +49,9 @@ def study(arguments: argparse.Namespace) -> None:
     arms, sizes = (_words(text) for text in (arguments.arms, arguments.sizes))
     cells = chosen.cells(str(folder), arms, sizes, _seeds(arguments.seeds), arguments.overrides)
     manifest = launching.manifest_of(chosen, cells, folder)
+    if arguments.report:  # of runs that were started one by one
+        _report(folder, manifest)
+        return
     if arguments.list:
         for cell in cells:
             print(f"{_state(folder, manifest, cell):14} {cell.name:24} {launching.local_line(cell)}")
@@ -63,16 +66,15 @@ def study(arguments: argparse.Namespace) -> None:
     except launching.StudyStopped as stopped:
         print(str(stopped), file=sys.stderr)
         sys.exit(128 + stopped.number)
-    _report(folder)
+    _report(folder, manifest)
     if failed:
         print(f"error: {len(failed)} runs failed: {', '.join(failed)}; the same command tries again", file=sys.stderr)
         sys.exit(1)
 
 
-def _report(folder: Path) -> None:
+def _report(folder: Path, manifest: Manifest) -> None:
     from megatron_sdpo.scaling.study_page import findings_lines, write_study  # loads matplotlib
 
-    manifest = read_manifest(folder)
     page, findings = write_study(folder, manifest)
     print("\n".join(findings_lines(findings)))
     print(page)

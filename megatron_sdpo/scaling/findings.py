@@ -72,16 +72,17 @@ class Rung:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """The largest size's cost, foretold from the others: ``foretold`` between ``between``; ``found`` is what it was."""
+    """The largest size's cost: ``foretold`` from the others, and ``found``. ``times``: what was found, in units of what
+    was foretold."""
 
     size: str
     foretold: float
-    between: Interval
     found: float
+    times: Interval
 
     @property
     def holds(self) -> bool:
-        return self.found in self.between
+        return 1.0 in self.times
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +130,16 @@ class Findings:
 
 
 def find(runs: Sequence[Run], levels: Sequence[float], seed: int = 0) -> Findings:
-    """Everything, from the runs there are; the first run's arm is what the others are compared with."""
+    """Everything, from the runs there are; the first run's arm is what the others are compared with.
+
+    A seed is the same questions for every arm and size, so what it is lucky with is taken for one luck: the draws of
+    all are made with the same weights, and what two of them share drops out of their difference.
+    """
     arms = list(dict.fromkeys(run.arm for run in runs))
     rungs = []
-    for number, (arm, size) in enumerate(dict.fromkeys((run.arm, run.size) for run in _ordered(runs, arms))):
-        rungs.append(_rung([run for run in runs if (run.arm, run.size) == (arm, size)], seed + number))
+    ordered = _ordered(runs, arms)
+    for arm, size in dict.fromkeys((run.arm, run.size) for run in ordered):
+        rungs.append(_rung([run for run in ordered if (run.arm, run.size) == (arm, size)], seed))
     by_arm = {arm: [rung for rung in rungs if rung.arm == arm] for arm in arms}
     laws = [size_law(by_arm[arm], level) for arm in arms for level in levels]
     gaps = [
@@ -147,7 +153,7 @@ def find(runs: Sequence[Run], levels: Sequence[float], seed: int = 0) -> Finding
 
 
 def _ordered(runs: Sequence[Run], arms: Sequence[str]) -> list[Run]:
-    return sorted(runs, key=lambda run: (arms.index(run.arm), run.parameters))
+    return sorted(runs, key=lambda run: (arms.index(run.arm), run.parameters, run.seed))
 
 
 def _rung(runs: Sequence[Run], seed: int) -> Rung:
@@ -200,9 +206,9 @@ def size_law(rungs: Sequence[Rung], level: float) -> SizeLaw:
     found = fit_power(sizes, list(costs.values()))
     held_out = None
     if len(reached) > 3:
-        smaller = fit_power(sizes[:-1], list(costs.values())[:-1])
-        foretold = [fit_power(sizes[:-1], one[:-1]).at(sizes[-1]) for one in drawn]
-        held_out = HeldOut(reached[-1][0].size, smaller.at(sizes[-1]), interval(foretold), reached[-1][1])
+        foretold = fit_power(sizes[:-1], list(costs.values())[:-1]).at(sizes[-1])
+        times = [one[-1] / fit_power(sizes[:-1], one[:-1]).at(sizes[-1]) for one in drawn]
+        held_out = HeldOut(reached[-1][0].size, foretold, reached[-1][1], interval(times))
     return SizeLaw(arm, level, costs, found, interval(exponents), held_out)
 
 

@@ -7,7 +7,9 @@ A run against its compute saturates (Khatri et al., "The Art of Scaling Reinforc
 
 and what a level costs goes with size N as a power, ``k * N^b``. Intervals are a wild cluster bootstrap's, a run being a
 cluster: the residuals of each run are multiplied by one random weight (Webb's six points, which serve where there are
-few clusters) and the curve is fitted again. All in float64; nothing here reads a file.
+few clusters) and the curve is fitted again. Few runs know little of how runs scatter, so the weights are larger by
+what Student's t asks beyond a normal distribution: 1.3 times with five runs, 1.8 with three. All in float64; nothing
+here reads a file.
 """
 
 import math
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
+from scipy.special import ndtri, stdtrit
 
 Floats = NDArray[np.float64]
 CONFIDENCE = 0.9
@@ -137,14 +140,20 @@ def draw_curves(runs: Sequence[Points], fit: Saturating, draws: int, seed: int) 
     for _ in range(draws):
         if count == 1:
             weights: list[Floats | float] = [random.choice(_SIGNS, len(residuals[0]))]
-        else:  # as a sample variance is divided by one less than its count
-            weights = [float(w) * (count / (count - 1)) ** 0.5 for w in random.choice(_WEBB, count)]
+        else:
+            weights = [float(weight) * _wider(count) for weight in random.choice(_WEBB, count)]
         again = [
             Points(run.compute, tuple(fit.at(np.asarray(run.compute)) + weight * residual))
             for run, weight, residual in zip(runs, weights, residuals, strict=True)
         ]
         drawn.append(fit_saturating(again, fit.floor))
     return drawn
+
+
+def _wider(count: int) -> float:
+    """What residuals of so few runs are multiplied by: a sample's variance, and Student's t in place of the normal."""
+    tail = (1 + CONFIDENCE) / 2
+    return (count / (count - 1)) ** 0.5 * float(stdtrit(count - 1, tail) / ndtri(tail))
 
 
 def interval(values: Sequence[float]) -> Interval:

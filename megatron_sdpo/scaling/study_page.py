@@ -67,15 +67,15 @@ def findings_lines(findings: Findings) -> list[str]:
 
 
 def law_words(law: SizeLaw) -> str:
-    """Example: ``FLOPs grow as size^0.62 (0.55 to 0.70); 8B foretold 3.10e+18 (2.60e+18 to 3.80e+18), found ...``"""
+    """Example: ``FLOPs grow as size^0.62 (0.55 to 0.70); 8B foretold 3.1e+18, found 1.05 times (0.9 to 1.2): holds``"""
     if law.law is None or law.exponent is None:
         return law.note
     words = f"FLOPs grow as size^{law.law.exponent:.2f} ({law.exponent.low:.2f} to {law.exponent.high:.2f})"
     if (told := law.held_out) is None:
         return f"{words}; with three sizes nothing is left to test it on"
     verdict = "holds" if told.holds else "does not hold"
-    between = f"{_amount(told.between.low)} to {_amount(told.between.high)}"
-    return f"{words}; {told.size} foretold {_amount(told.foretold)} ({between}), found {_amount(told.found)}: {verdict}"
+    times = f"{told.found / told.foretold:.2f} times ({_range(told.times, '.2f')})"
+    return f"{words}; {told.size} foretold {_amount(told.foretold)}, found {times}: {verdict}"
 
 
 def _amount(value: float) -> str:
