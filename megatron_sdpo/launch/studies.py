@@ -1,6 +1,5 @@
 """A scaling study's runs on this machine, one beside the other, or as commands for Slurm."""
 
-import math
 import os
 import shlex
 import sys
@@ -16,12 +15,12 @@ from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.launch.planning import architecture
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.launch.side_by_side import SideBySide
+from megatron_sdpo.scaling.planner import nodes_of
 from megatron_sdpo.scaling.runs import FILE, Manifest, read_manifest, steps_done
 from megatron_sdpo.scaling.study import Cell, Study
 from recipes import recipe
 
 CHECKOUT = Path(megatron_sdpo.__file__ or "").parents[1]
-GPUS_PER_NODE = 8
 
 
 def manifest_of(study: Study, cells: Sequence[Cell], folder: Path) -> Manifest:
@@ -55,11 +54,9 @@ def is_finished(folder: Path, manifest: Manifest, cell: Cell) -> bool:
 def slurm_line(cell: Cell) -> str:
     """The command that puts a cell into Slurm's queue, on as many nodes as its trainers and engines take."""
     config = config_of(cell)
-    trainers = math.ceil(config.layout.world_size / GPUS_PER_NODE)
-    engines = math.ceil(config.engine.count * config.engine.tensor_parallel / GPUS_PER_NODE)
     given = [word for word in cell.overrides if not word.startswith("run_dir=")]
     variables = f"SDPO_RECIPE={shlex.quote(cell.recipe)} SDPO_RUN_DIR={shlex.quote(config.run_dir)}"
-    options = f"--job-name={shlex.quote(cell.name)} --nodes={trainers + engines}"
+    options = f"--job-name={shlex.quote(cell.name)} --nodes={nodes_of(config)}"
     return f"{variables} sbatch {options} slurm/sdpo_8b.sh {shlex.join(given)}"
 
 
