@@ -7,9 +7,11 @@ of the user's own is a function in any module, asked for as ``package.module:fun
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from megatron_sdpo.config import Config, ConfigError
+from megatron_sdpo.scaling.study import Study
 
 Recipe = Callable[[], Config]
 _ABSENT = {
@@ -22,11 +24,39 @@ _ABSENT = {
 def recipes() -> dict[str, Recipe]:
     """Every recipe by name: the functions that a module of this package lists in its ``RECIPES``."""
     found: dict[str, Recipe] = {}
-    for module in pkgutil.iter_modules(__path__):
-        if module.name.startswith("_"):
-            continue
-        found |= importlib.import_module(f"{__name__}.{module.name}").RECIPES
+    for module in _modules():
+        found |= module.RECIPES
     return found
+
+
+def studies() -> dict[str, Study]:
+    """Every scaling study by name: those that a module of this package lists in its ``STUDIES``."""
+    return {study.name: study for module in _modules() for study in getattr(module, "STUDIES", ())}
+
+
+def study(name: str) -> Study:
+    """A scaling study by name, or by ``package.module:NAME`` one of the user's own; what is none is refused."""
+    if ":" not in name:
+        known = studies()
+        if name not in known:
+            raise ConfigError(
+                f"there is no study {name!r}; the studies are {', '.join(sorted(known))}, and module:NAME is your own"
+            )
+        return known[name]
+    module_name, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute, None)
+    except Exception as error:  # a user's module may fail in any way; the cause stays attached
+        raise ConfigError(f"study {name!r}: importing {module_name} failed: {error}") from error
+    if not isinstance(found, Study):
+        raise ConfigError(f"study {name!r}: module {module_name} has no Study {attribute!r}")
+    return found
+
+
+def _modules() -> Iterator[Any]:
+    for module in pkgutil.iter_modules(__path__):
+        if not module.name.startswith("_"):
+            yield importlib.import_module(f"{__name__}.{module.name}")
 
 
 def recipe(name: str) -> Config:

@@ -36,6 +36,11 @@ def test_flops_are_shared_by_the_ranks() -> None:
     found = of(ObjectiveConfig(), world_size=4)
     expected = flops.batch_flops(ONE, SAMPLES, ObjectiveConfig()) / 4e12
     assert found["perf/tflops_per_rank"] == pytest.approx(expected)
+    trained = ("flops/score_student", "flops/score_teacher", "flops/train")
+    assert sum(found[key] for key in trained) == pytest.approx(4e12 * expected), "of all ranks together"
+    assert found["flops/train"] == 3 * found["flops/score_student"] and found["flops/score_teacher"] > 0
+    assert found["flops/generate"] == flops.generation_flops(ONE, SAMPLES)
+    assert of(ObjectiveConfig(kind="grpo"))["flops/score_teacher"] == 0
 
 
 def test_memory_is_that_of_the_process_and_a_cpu_has_no_known_peak() -> None:

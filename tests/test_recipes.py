@@ -22,11 +22,15 @@ from megatron_sdpo.scaling.assumed import Reach, usual_lengths
 from megatron_sdpo.scaling.hardware import GPUS
 from megatron_sdpo.tasks import TASKS, load_task, task_class
 from recipes import Recipe, recipe, recipes
+from recipes.minipipe_ladder import USUAL, WIDTHS
 from tests.public_configs import OLMO3
 
+ROOT = Path(__file__).parent.parent
 NAMES = sorted(recipes())
-HERE = [name for name in NAMES if name.startswith("minipipe")]
-AWAY = [name for name in NAMES if name not in HERE]
+MADE = [f"minipipe-w{width}" for width in WIDTHS if width != USUAL]
+"""Their models are made by tools/pretrain_minipipe.py."""
+HERE = [name for name in NAMES if name.startswith("minipipe") and name not in MADE]
+AWAY = [name for name in NAMES if name not in HERE and name not in MADE]
 QUESTION_TOKENS = 2048
 """The longest prompt of the paper's tasks."""
 NODES = {  # of eight H100: trainers', engines'
@@ -63,7 +67,7 @@ def test_the_names_that_others_start_by() -> None:
     assert sorted(AWAY) == sorted([*paper, *ladder, *large, "qwen3-30b-a3b-sdpo", "own"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*HERE, *AWAY])
 def test_a_recipe_passes_every_check_that_needs_no_model(name: str) -> None:
     config = recipe(name)
     assert config == recipe(name)  # a function of nothing: the same each time
@@ -76,6 +80,23 @@ def test_a_recipe_passes_every_check_that_needs_no_model(name: str) -> None:
 @pytest.mark.parametrize("name", HERE)
 def test_a_recipe_of_this_machine_passes_every_check(name: str) -> None:
     check_run(recipe(name))
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_rung_of_minipipe_starts_once_its_model_is_made(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = recipe(name)
+    assert config == recipe(name) and config.name == name and config.run_dir == f"runs/{name}"
+    with pytest.raises(ConfigError, match=f"model.path models/{name} is not a directory"):
+        check_run(config)
+    width = name.removeprefix("minipipe-w")
+    made = ["--out", f"models/{name}", "--width", width, "--weights"]
+    subprocess.run([sys.executable, str(ROOT / "tools" / "make_minipipe_tokenizer.py"), *made], check=True)
+    check_run(config)
+    assert read_hf_config(config.model.path)["hidden_size"] == int(width)
+    assert config.optim.lr * int(width) == pytest.approx(recipe("minipipe").optim.lr * USUAL)
 
 
 @pytest.mark.parametrize("name", AWAY)

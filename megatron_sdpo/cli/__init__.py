@@ -5,6 +5,7 @@ configuring.py   what commands about a recipe share: its arguments, its override
 training.py      train, discover, replay
 models.py        evaluate, serve, convert
 pages.py         recipes, keys, plan, metrics, report
+studies.py       study
 doctor.py        doctor
 ===============  ================================================================
 
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_sdpo import __version__
-from megatron_sdpo.cli import models, pages, training
+from megatron_sdpo.cli import models, pages, studies, training
 from megatron_sdpo.cli.doctor import add_doctor
 from megatron_sdpo.config import ConfigError, fields_by_name
 from megatron_sdpo.launch.local import Interrupted, RoleDied
@@ -88,4 +89,5 @@ def _parser() -> argparse.ArgumentParser:
     training.add_replay(commands)
     pages.add_metrics(commands)
     pages.add_report(commands)
+    studies.add_study(commands)
     return parser

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_sdpo.config import Config
-from megatron_sdpo.flops import batch_flops, batch_tokens, peak_tflops
+from megatron_sdpo.flops import batch_tokens, generation_flops, pass_flops, peak_tflops
 from megatron_sdpo.types import Batch
 
 PASSES = ("time/score_student", "time/score_teacher", "time/train")
@@ -20,11 +20,15 @@ def performance(
 
     ``perf/tokens_per_s`` of the whole trainer; ``perf/tflops_per_rank``, model TFLOP/s; ``perf/mfu``, its share of the
     GPU's dense bf16 peak, only where that is known; ``perf/memory_gb``, the most that this rank has held so far: of
-    the GPU's memory in tensors, without a GPU of the process.
+    the GPU's memory in tensors, without a GPU of the process; ``flops/PHASE``, model FLOPs of the whole batch in the
+    passes and in generation.
     """
     busy = max(sum(seconds[phase] for phase in PASSES), 1e-9)
-    tflops = batch_flops(hf_config, batch.samples, config.objective) / busy / world_size / 1e12
+    spent = pass_flops(hf_config, batch.samples, config.objective)
+    tflops = sum(spent.values()) / busy / world_size / 1e12
+    spent["generate"] = generation_flops(hf_config, batch.samples)
     found = {
+        **{f"flops/{phase}": float(count) for phase, count in spent.items()},
         "perf/tokens_per_s": batch_tokens(batch.samples, config.objective) / busy,
         "perf/tflops_per_rank": tflops,
         "perf/memory_gb": _memory_gb(),
