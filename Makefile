@@ -27,7 +27,7 @@ USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3,
 # Byte code is kept, whatever the shell says: a run starts a dozen processes, and each would compile torch and SGLang anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-gpu test-slow test-slurm test-nemo nemo-setup gpu-lock lint bench clean
+.PHONY: help setup demo ladder test test-gpu test-slow test-slurm test-nemo nemo-setup gpu-lock lint bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -75,6 +75,13 @@ lint: setup ## formatting, lint rules, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+LADDER := $(foreach width,48 64 144 208,models/minipipe-w$(width)/model.safetensors)
+
+ladder: $(LADDER) ## make the models of MiniPipe's scaling study, models/minipipe-w*: minutes each, on one core
+
+models/minipipe-w%/model.safetensors: | setup
+	$(BIN)/python tools/pretrain_minipipe.py --width $* --out models/minipipe-w$*
 
 test: lint ## lint, then every test that needs no GPU and no long time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(QUICK)" --numprocesses 2 --dist loadfile

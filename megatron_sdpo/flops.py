@@ -76,10 +76,33 @@ def batch_tokens(samples: Sequence[Sample], objective: ObjectiveConfig) -> int:
     return (1 + scorings) * student.tokens + teacher.tokens
 
 
-def batch_flops(hf_config: Mapping[str, Any], samples: Sequence[Sample], objective: ObjectiveConfig) -> int:
-    """Of all passes over a generation batch; training is three forward passes."""
+def pass_flops(hf_config: Mapping[str, Any], samples: Sequence[Sample], objective: ObjectiveConfig) -> dict[str, int]:
+    """Of a generation batch's passes in the trainer, by phase; training is three forward passes."""
     student, scorings, teacher = batch_passes(samples, objective)
-    return (3 + scorings) * forward_flops(hf_config, student) + forward_flops(hf_config, teacher)
+    forward = forward_flops(hf_config, student)
+    return {
+        "score_student": scorings * forward,
+        "score_teacher": forward_flops(hf_config, teacher),
+        "train": 3 * forward,
+    }
+
+
+def batch_flops(hf_config: Mapping[str, Any], samples: Sequence[Sample], objective: ObjectiveConfig) -> int:
+    """Of all passes over a generation batch in the trainer."""
+    return sum(pass_flops(hf_config, samples, objective).values())
+
+
+def generation_flops(hf_config: Mapping[str, Any], samples: Sequence[Sample]) -> int:
+    """Of sampling the responses: a prompt once for all attempts at it (engines keep it), then token by token.
+
+    A model FLOP count, as that of training is: of attempts that reached the trainer, by a model in full.
+    """
+    prompts = {(s.group, s.prompt_ids) for s in samples}
+    read = counted([(len(ids), 0) for _, ids in prompts])
+    whole = counted([(len(s.prompt_ids), len(s.response_ids)) for s in samples])
+    asked = counted([(len(s.prompt_ids), 0) for s in samples])
+    once = Tokens(read.tokens - asked.tokens, read.pairs - asked.pairs, 0)
+    return forward_flops(hf_config, Tokens(whole.tokens + once.tokens, whole.pairs + once.pairs, whole.responses))
 
 
 def peak_tflops(device_name: str) -> float | None:

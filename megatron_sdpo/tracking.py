@@ -6,6 +6,7 @@ model's evaluation only. Every value besides ``step`` and ``generations`` is a f
 """
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ from typing import Any, TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_sdpo.config import Config, ConfigError
+from megatron_sdpo.config import Config, ConfigError, TrackingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -215,6 +216,17 @@ class _Sink:
 
     log: Callable[[int, Mapping[str, float]], None]
     close: Callable[[], None]
+
+
+def check_trackers(config: TrackingConfig) -> None:
+    """Refuse a tracker whose package is not installed; imports none."""
+    for asked, package, how in (
+        (config.tensorboard, "tensorboard", "tracking.tensorboard is on but TensorBoard"),
+        (config.wandb_project is not None, "wandb", "tracking.wandb_project is set but wandb"),
+    ):
+        if asked and importlib.util.find_spec(package) is None:
+            off = "tracking.tensorboard=false" if package == "tensorboard" else "tracking.wandb_project=none"
+            raise ConfigError(f"{how} is not installed; pip install 'megatron-sdpo[trackers]', or set {off}")
 
 
 def _sinks(config: Config, run_dir: Path) -> list[_Sink]:

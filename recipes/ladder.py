@@ -5,10 +5,12 @@ has sizes up to 8B, on another task. Needs ``models/Qwen3-SIZE`` and ``data/scik
 four: nodes that train and nodes that generate.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from functools import partial
 
-from megatron_sdpo.config import Config, LayoutConfig
+from megatron_sdpo.config import Config, LayoutConfig, ObjectiveConfig
+from megatron_sdpo.scaling.study import Study
 from recipes import _paper as paper
 
 
@@ -68,3 +70,21 @@ def rung(size: str) -> Config:
 
 
 RECIPES = {f"ladder-{size.lower()}": partial(rung, size) for size in RUNGS}
+
+
+def _as_overrides(objective: ObjectiveConfig) -> tuple[str, ...]:
+    """What makes the ladder's objective this one."""
+    ours = asdict(paper.sdpo(alpha=0.5, top_k=100))
+    return tuple(f"objective.{key}={json.dumps(v)}" for key, v in asdict(objective).items() if v != ours[key])
+
+
+STUDIES = [
+    Study(
+        name="ladder",
+        title="SDPO and GRPO on SciKnowEval chemistry, Qwen3 0.6B to 32B",
+        sizes={size: f"ladder-{size.lower()}" for size in RUNGS},
+        arms={"sdpo": (), "grpo": _as_overrides(paper.grpo())},
+        seeds=(0, 1, 2),
+        levels=(0.5, 0.7),
+    )
+]

@@ -81,6 +81,10 @@ run_job() {
   set -euo pipefail
   # shellcheck source=slurm/site.env
   source "$SDPO_HOME/slurm/site.env"
+  if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then # one run a task, of its own seed unless the arguments set another
+    SDPO_RUN_DIR+=-seed$SLURM_ARRAY_TASK_ID
+    set -- "$1" "seed=$SLURM_ARRAY_TASK_ID" "${@:2}"
+  fi
   SDPO_RUN_DIR=$(realpath -m "$SDPO_RUN_DIR")
   mkdir -p "$SDPO_RUN_DIR"
   snapshot

@@ -18,7 +18,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 SDPO_RECIPE=${SDPO_RECIPE:-llama3.3-70b-sdpo-16n}
-SDPO_HOME=${SDPO_HOME:-$SLURM_SUBMIT_DIR} SDPO_RUN_DIR=${SDPO_RUN_DIR:-runs/$SDPO_RECIPE}
+SDPO_HOME=${SDPO_HOME:-$SLURM_SUBMIT_DIR} SDPO_RUN_DIR=${SDPO_RUN_DIR:-runs/${SDPO_RECIPE//:/-}}
 source "$SDPO_HOME/slurm/job.sh" || { echo "error: submit from the checkout, or set SDPO_HOME to it" >&2; exit 1; }
 export SDPO_GPUS_PER_NODE=8
 run_job "$SDPO_RECIPE" "$@"

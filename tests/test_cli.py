@@ -46,7 +46,7 @@ def refusal(folder: Path, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["optim.learning_rate=1"], "unknown configuration key 'optim.learning_rate'; did you mean optim."),
+        (["optim.learning_rate=1"], "unknown configuration key 'optim.learning_rate'; the keys of optim are lr, "),
         (["optim.lrr=1"], "did you mean optim.lr?"),
         (["steps=few"], "steps='few' does not fit: it must be a whole number"),
         (["optim.lr=NaN"], "numbers must be finite"),
@@ -149,9 +149,9 @@ def test_a_mistake_before_an_option_and_after_it_is_refused_alike(tmp_path: Path
         assert "steps='few'" in refusal(tmp_path, "train", "minipipe", *arguments)
 
 
-def test_an_unknown_recipe_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_recipe_is_refused_with_what_is_like_it(tmp_path: Path) -> None:
     words = refusal(tmp_path, "train", "maxipipe")
-    assert "there is no recipe 'maxipipe'" in words and "minipipe, minipipe-discovery, minipipe-grpo" in words
+    assert "there is no recipe 'maxipipe'; did you mean minipipe" in words
 
 
 def without(name: str) -> Callable[[Path], None]:
@@ -375,7 +375,9 @@ def test_a_conversion_of_what_is_no_checkpoint_is_refused(tmp_path: Path) -> Non
     assert "exists already" in refusal(tmp_path, "convert", BASE_MODEL, "there")
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["train", "minipipe", "--fast"], ["report", ".", "a=1"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["train"], ["train", "minipipe", "--fast"], ["metrics", ".", "a=1"]]
+)
 def test_wrong_usage_is_shown_the_right_one(tmp_path: Path, arguments: list[str]) -> None:
     done = run(tmp_path, *arguments)
     assert done.returncode == 2

@@ -258,6 +258,29 @@ def test_the_status_says_how_a_run_stands_and_a_request_that_it_should_stop(tmp_
     assert stop_requested(run_dir) == "the time limit is near"
 
 
+@pytest.mark.parametrize("task", [None, 3])
+def test_the_tasks_of_an_array_are_runs_of_their_own_seed(tmp_path: Path, task: int | None) -> None:
+    """The stand-in for srun says what it would run, and leaves the status that a finished job does."""
+    programs = {
+        "srun": 'echo "${@: -3}"; echo "$SDPO_RUN_DIR"\n'
+        'echo "{\\"state\\": \\"finished\\", \\"attempt\\": \\"$SDPO_ATTEMPT\\"}" >"$SDPO_RUN_DIR/status.json"',
+        "scontrol": "echo node1",
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    root = Path(__file__).parents[1]
+    own = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
+    own |= {"SDPO_HOME": str(root), "SDPO_RUN_DIR": str(tmp_path / "run"), "SLURM_JOB_CPUS_PER_NODE": "4"}
+    own |= {} if task is None else {"SLURM_ARRAY_TASK_ID": str(task)}
+    script = "source slurm/job.sh; run_job minipipe steps=2"
+    told = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=root, env=own, timeout=60)
+    assert told.returncode == 0, told.stderr
+    run_dir = tmp_path / ("run" if task is None else "run-seed3")
+    given = "cluster.node minipipe steps=2" if task is None else "minipipe seed=3 steps=2"
+    assert f"{given}\n{run_dir}\n" in told.stdout
+
+
 HEARING = """
 import multiprocessing, os, signal, sys
 from megatron_sdpo.rollout import lifeline

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from megatron_sdpo.measures import measure
 from megatron_sdpo.tracking import read_metrics
 from megatron_sdpo.types import Batch, Group
 
@@ -143,6 +144,7 @@ def test_killed_roles_end_the_run_and_the_same_command_continues(tmp_path: Path)
 def assert_complete(run_dir: Path, finished_before: dict[str, list[str]]) -> None:
     rows = read_metrics(run_dir)
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    assert [key for row in rows for key in row if measure(key) is None] == []
     for name, lines in finished_before.items():  # what was finished is still there, in place, unchanged
         assert journal(run_dir)[name][: len(lines)] == lines
     groups = [msgspec.json.decode(line, type=Group) for lines in journal(run_dir).values() for line in lines]

@@ -62,6 +62,19 @@ def test_a_batch_counts_every_pass_of_its_objective() -> None:
         assert flops.batch_flops(ONE, samples, objective) == expected, name
 
 
+def test_sampling_reads_a_prompt_once_for_all_attempts_at_it() -> None:
+    """Two attempts of 3 and 1 tokens at a prompt of 2, one of 1 token at the same words in another group."""
+    samples = [
+        Sample("0/0/0", 0, (1, 2), (3, 4, 5), (), None, 0.0),
+        Sample("0/0/1", 0, (1, 2), (3,), (), None, 0.0),
+        Sample("0/1/0", 1, (1, 2), (3,), (), None, 0.0),
+    ]
+    read, attended = 2 + 2, 3 + 3  # two prompts, each of 1 + 2 pairs
+    sampled, seen = 3 + 1 + 1, (3 + 4 + 5) + 3 + 3
+    by_hand = flops.forward_flops(ONE, flops.Tokens(read + sampled, attended + seen, sampled))
+    assert flops.generation_flops(ONE, samples) == by_hand
+
+
 def test_a_known_gpu_has_a_peak_and_a_cpu_none() -> None:
     assert flops.peak_tflops("NVIDIA H100 80GB HBM3") == 989.4
     assert flops.peak_tflops("AMD EPYC 9654") is None

@@ -124,6 +124,25 @@ def test_a_sweep_has_a_run_for_each_point_in_a_directory_of_its_own(tmp_path: Pa
 
 @ABSENT
 @pytest.mark.nemo
+def test_a_study_is_a_run_for_each_of_its_cells(tmp_path: Path) -> None:
+    found = program(
+        tmp_path,
+        "import json\nfrom megatron_sdpo.launch.nemo_experiments import configuration_of, study_steps\n"
+        "steps = study_steps('ladder', 'runs/s', ['grpo'], ['8B', '14B'], [3])\n"
+        "configs = [configuration_of(step.task) for step in steps.values()]\n"
+        "print(json.dumps([[*steps], [[c.model.path, c.objective.kind, c.seed, c.run_dir] for c in configs]]))",
+    )
+    assert found == [
+        ["grpo-8B-seed3", "grpo-14B-seed3"],
+        [
+            ["models/Qwen3-8B", "grpo", 3, "runs/s/grpo-8B-seed3"],
+            ["models/Qwen3-14B", "grpo", 3, "runs/s/grpo-14B-seed3"],
+        ],
+    ]
+
+
+@ABSENT
+@pytest.mark.nemo
 def test_a_pipeline_evaluates_what_it_exports_in_full_precision(tmp_path: Path) -> None:
     found = program(
         tmp_path,
@@ -152,6 +171,8 @@ def test_a_pipeline_evaluates_what_it_exports_in_full_precision(tmp_path: Path) 
         ),
         (["sweep", "recipe=minipipe"], "the grid is empty"),
         (["sweep", "recipe=minipipe", 'grid={"optim.lr": [1, 1]}'], "give a list of one or more different ones"),
+        (["study", "study=mine"], "there is no study 'mine'; the studies are ladder, minipipe-ladder"),
+        (["study", "study=ladder", 'sizes=["9B"]'], "the study ladder has no size '9B'"),
         (["fly"], "Launch recipes with NeMo-Run"),
     ],
 )

@@ -29,7 +29,12 @@ from recipes import recipe, recipes
 ROOT = Path(__file__).parent.parent
 OVERRIDES = (
     *("optim.lr=0.125", "engine.max_total_tokens=none", 'name="7"', "deterministic=true", "debug.profile_steps=[1,2]"),
-    *("task.options.hint=false", "objective.kind=grpo", "teacher_context.template={prompt}{solution}{feedback}\n'\"é"),
+    *(
+        "task.name=maths",
+        "task.options.hint=false",
+        "objective.kind=grpo",
+        "teacher_context.template={prompt}{solution}{feedback}\n'\"é",
+    ),
 )
 
 

@@ -37,16 +37,24 @@ def test_flops_are_shared_by_the_ranks() -> None:
     found = of(ObjectiveConfig(), world_size=4)
     expected = flops.batch_flops(ONE, SAMPLES, ObjectiveConfig()) / 4e12
     assert found["perf/tflops_per_rank"] == pytest.approx(expected)
+    trained = ("flops/score_student", "flops/score_teacher", "flops/train")
+    assert sum(found[key] for key in trained) == pytest.approx(4e12 * expected), "of all ranks together"
+    assert found["flops/train"] == 3 * found["flops/score_student"] and found["flops/score_teacher"] > 0
+    assert found["flops/generate"] == flops.generation_flops(ONE, SAMPLES)
+    assert of(ObjectiveConfig(kind="grpo"))["flops/score_teacher"] == 0
 
 
 def test_what_siblings_share_is_not_computed() -> None:
     spared: dict[View, flops.Tokens] = {"student": flops.Tokens(2, 3, 0), "teacher": flops.Tokens(3, 6, 0)}
     penalised = replace(CONFIG, objective=ObjectiveConfig(kind="hybrid", kl_coefficient=0.1))  # scores students twice
     plain, shared = (performance(Batch(0, SAMPLES, {}, 1), penalised, ONE, 2, SECONDS, s) for s in ({}, spared))
-    assert (plain["batch/shared_tokens"], shared["batch/shared_tokens"]) == (0.0, 2 * 2 + 3)
+    assert (plain["perf/shared_tokens"], shared["perf/shared_tokens"]) == (0.0, 2 * 2 + 3)
     assert plain["perf/tokens_per_s"] - shared["perf/tokens_per_s"] == 2 * 2 + 3
     saved = 2 * flops.forward_flops(ONE, spared["student"]) + flops.forward_flops(ONE, spared["teacher"])
     assert plain["perf/tflops_per_rank"] - shared["perf/tflops_per_rank"] == pytest.approx(saved / 2e12)
+    keys = ("flops/score_student", "flops/score_teacher", "flops/train", "flops/generate")
+    of_views = [2 * flops.forward_flops(ONE, spared["student"]), flops.forward_flops(ONE, spared["teacher"])]
+    assert [plain[key] - shared[key] for key in keys] == [*of_views, 0, 0]
 
 
 def test_memory_is_that_of_the_process_and_a_cpu_has_no_known_peak() -> None:

@@ -166,6 +166,46 @@ def test_an_engine_in_fp8_holds_reads_and_is_sent_half_of_the_layers() -> None:
     assert found.time.generate < plain.time.generate and found.time.sync < 0.6 * plain.time.sync
     experts = planned("Qwen3-30B-A3B", "pp2ep4dp8do", 3, "engine.count=8", "engine.fp8=blockwise").engine.weights
     assert experts < 0.53 * model_bytes(architecture("Qwen3-30B-A3B"), 2)
+    note = "FP8 engines: published rollouts gain 1.1 to 1.4 times"
+    assert note in page(found, 2, Reach(), []) and note not in page(plain, 2, Reach(), [])
+
+
+def test_engines_in_fp8_read_and_multiply_codes() -> None:
+    """Against sums by hand: a decoding step that reads all weights, and prefill of long questions that computes."""
+    hf = architecture("Qwen3-8B")
+    one = ("rollout.prompts_per_step=1", "rollout.attempts_per_prompt=1")
+
+    def seconds(lengths: Lengths, *more: str) -> float:
+        config = config_of("tp1", f"rollout.max_new_tokens={lengths.response}", *one, *more)
+        return generation_seconds(config, hf, H100, lengths, Reach(), sequences=1)
+
+    linear = 36 * (4096 * (32 + 2 * 8) * 128 + 32 * 128 * 4096 + 3 * 4096 * 12288)
+    rest = model_bytes(hf, 2) - 2 * linear  # norms, embedding and head stay in bf16
+    short = Lengths(prompt=1, response=1000, teacher_prompt=1)
+    cache = 501 * kv_bytes(hf, 2)
+    for more, bytes_ in (((), 2.0), (("engine.fp8=blockwise",), 1 + 4 / 128**2)):
+        read = (linear * bytes_ + rest + cache) / (3350e9 * 0.5)
+        assert seconds(short, *more) == pytest.approx(1000 * read, rel=1e-4)
+    long = Lengths(prompt=30_000, response=1, teacher_prompt=1)
+    gained = seconds(long) - seconds(long, "engine.fp8=blockwise")
+    products = 2 * 30_000 * linear / 0.4 * (1 / 989.4e12 - 1 / 1978.9e12)
+    assert gained == pytest.approx(products + linear * (1 - 4 / 128**2) / (3350e9 * 0.5), rel=1e-4)
+
+
+def test_fp8_engines_need_a_gpu_and_a_model_for_them() -> None:
+    where = ("tp2sppp1dp4do", 2, "engine.count=8", "engine.fp8=blockwise")
+    with pytest.raises(ConfigError, match=r"engine.fp8=blockwise needs a GPU with FP8 matrix products, which a100"):
+        planned("Qwen3-8B", *where, gpu="a100-80gb")
+    with pytest.raises(ConfigError, match="SGLang leaves out the scales of LlamaForCausalLM"):
+        planned("Llama-3.1-8B", *where)
+
+
+def test_without_nodes_a_plan_takes_those_that_the_recipe_fills() -> None:
+    usual = (None, "h100-80gb", None, (None, None, None), False)
+    assert "16 of 16 h100-80gb" in plan_words(recipe("ladder-8b"), *usual)
+    assert "128 of 128 h100-80gb" in plan_words(recipe("llama3.3-70b-sdpo-16n"), *usual)
+    colocated = plan_words(recipe("ladder-8b"), *usual, colocated=True)
+    assert "8 of 8 h100-80gb" in colocated
 
 
 def test_few_sequences_meet_few_experts() -> None:
@@ -261,7 +301,7 @@ def test_a_gpu_with_more_memory_fits_more() -> None:
 @pytest.mark.parametrize(
     "name, layout, nodes, more, words",
     [
-        ("Qwen3-8B", "tp4dp2", 1, (), "8 trainer ranks and 1 engines of 1 GPUs need 9 GPUs, but 1 nodes have 8"),
+        ("Qwen3-8B", "tp4dp2", 1, (), r"8 trainer ranks and 1 engines of 1 GPUs need 9 GPUs, but 1 node\(s\) have 8"),
         ("Llama-3.3-70B", "tp64", 9, (), "does not divide the model's 8 key-value heads"),
         ("Qwen2.5-7B", "tp8", 2, (), "does not divide the model's 28 attention heads"),
         ("Qwen3-14B", "pp3", 1, (), "does not divide the model's 40 layers"),
@@ -326,7 +366,7 @@ def test_an_unknown_gpu_is_refused() -> None:
         (1, (-5, None, None), "--prompt-tokens is -5; it must be at least 1"),
         (1, (None, 0, None), "--response-tokens is 0; it must be at least 1"),
         (1, (None, 9000, None), "--response-tokens 9000 is beyond rollout.max_new_tokens 8192"),
-        (1, (None, None, None), "8 trainer ranks and 1 engines of 1 GPUs need 9 GPUs, but 1 nodes have 8"),
+        (1, (None, None, None), r"8 trainer ranks and 1 engines of 1 GPUs need 9 GPUs, but 1 node\(s\) have 8"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(
@@ -342,7 +382,7 @@ def test_a_large_recipe_is_planned_without_its_model() -> None:
     assert text.endswith("it fits") and "predicted, not yet compared with a run on GPUs" in text
     assert float(lines["FP8 copies of weights"]) > 4.0
     assert "  weights to engines: 141.11 GB to each of 8" in text.splitlines()
-    with pytest.raises(ConfigError, match="need 128 GPUs, but 8 nodes have 64"):
+    with pytest.raises(ConfigError, match=r"need 128 GPUs, but 8 node\(s\) have 64"):
         plan_words(recipe("llama3.3-70b-sdpo-16n"), 8, "h100-80gb", None, (None, None, None), suggest=False)
 
 

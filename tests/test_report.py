@@ -12,11 +12,16 @@ import pytest
 from PIL import Image
 
 from megatron_sdpo import config as configuration
+from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config, ConfigError, ModelConfig, OptimConfig, RolloutConfig, TaskConfig
 from megatron_sdpo.report import write_comparison, write_report
+from megatron_sdpo.report.contexts import NO_TARGET
 from megatron_sdpo.report.page import TEXT_LIMIT
+from megatron_sdpo.teacher_context import build_contexts
 from megatron_sdpo.tracking import METRICS_FILE, Tracker
 from megatron_sdpo.types import Attempt, Group, Message, Question, Verdict
+from recipes import recipe
+from recipes.minipipe import BASE_MODEL
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" {{ 7 * 7 }} \U0001f600"
 
@@ -126,6 +131,55 @@ def test_the_curves_are_drawn_for_both_colour_schemes(tmp_path: Path) -> None:
     with Image.open(run_dir / "curve.png") as image:
         assert image.format == "PNG" and image.width > 1000
         assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20
+
+
+def test_numbers_that_tell_whether_a_run_is_healthy(tmp_path: Path) -> None:
+    """Drawn where they are recorded; and every number is explained."""
+    run_dir = make_run(tmp_path / "study")
+    assert "Is it healthy?" not in read(write_report(run_dir)).text
+    rows = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    for row in rows[1:]:
+        row |= {"loss/entropy": 1 / row["step"], "rollout/response_tokens": 8.0, "context/feedback": 0.5}
+        row |= {"context/both": 0.0, "loss/divergence/max": 0.25, "rollout/cut_share": 0.0}
+    (run_dir / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html = write_report(run_dir).read_text()
+    curves, health = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert "Policy entropy" in health and "nats per token" in health and "Policy entropy" not in curves
+    assert "What the teacher reads" in health and ">feedback<" in health and ">both<" not in health
+    ElementTree.fromstring(health)
+    text = Page(html).text
+    assert "loss/entropy 1 0.125 0.125 1 nats of the policy at a token, mean" in text
+    assert "loss/divergence/max 0.25 0.25 0.25 0.25 nats largest of all tokens: between student and teacher" in text
+
+
+def test_a_long_run_has_no_more_bars_than_can_be_seen(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "study")
+    short = write_report(run_dir).read_text()
+    row = json.loads((run_dir / METRICS_FILE).read_text().splitlines()[1])
+    rows = [{**row, "step": step, "generations": 32 * step} for step in range(1, 1201)]
+    (run_dir / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    long = write_report(run_dir).read_text()
+    assert "step; a bar is the mean of 8" in long and "a bar is" not in short
+    assert long.count("<path") < short.count("<path") + 2 * 150  # two phases
+    assert ">30k<" in long  # generations
+
+
+def test_what_the_teacher_read_is_shown_where_the_tokenizer_is(tmp_path: Path) -> None:
+    """Failed attempts: a sibling's success; the success itself: no other, nor feedback."""
+    run_dir = make_run(tmp_path / "away", text="keep over 2 , sum")
+    page = read(write_report(run_dir))
+    assert "left out: the tokenizer directory model does not exist" in page.text
+    assert "before this attempt" not in page.text
+    base = dataclasses.replace(recipe("minipipe"), run_dir=str(run_dir), steps=8)
+    configuration.save(base, run_dir / "config.json")
+    page = read(write_report(run_dir))
+    assert page.text.count("what the teacher reads before this attempt") == page.text.count("weights of version")
+    groups = [msgspec.json.decode(line, type=Group) for line in (run_dir / "attempts" / "step-000000.jsonl").open("rb")]
+    told, _ = build_contexts(groups[2], base.teacher_context, tokens := Chat(BASE_MODEL))
+    assert told[1].prompt_ids is not None and " ".join(tokens.text(told[1].prompt_ids).split()) in page.text
+    assert NO_TARGET not in page.text  # of the successful attempts, too, another may demonstrate
+    configuration.save(dataclasses.replace(recipe("minipipe-grpo"), steps=8), run_dir / "config.json")
+    assert "the teacher read" not in read(write_report(run_dir)).text
 
 
 def test_text_of_a_model_stays_text(tmp_path: Path) -> None:

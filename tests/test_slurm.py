@@ -100,6 +100,14 @@ def test_a_wrong_configuration_fails_at_once_with_the_sentence(slurm: Sandbox, t
     assert job.last["Restarts"] == "0"
 
 
+def test_the_tasks_of_an_array_have_directories_of_their_own(slurm: Sandbox, tmp_path: Path) -> None:
+    job = minipipe(slurm, tmp_path, options=("--array=0-1",), SDPO_DRY_RUN="1")
+    runs = [Path(f"{job.run_dir}-seed{task}") for task in range(2)]
+    job.until(lambda: all((run / "slurm" / "attempt-001" / "plan.json").exists() for run in runs))
+    job.until(lambda: all(json.loads((run / "status.json").read_text())["state"] == "planned" for run in runs))
+    assert not job.run_dir.exists()
+
+
 def test_the_time_limit_leads_to_a_checkpoint_and_a_requeue(slurm: Sandbox, tmp_path: Path) -> None:
     """The limit is moved so near that the warning is due; while the job waits in the queue, it is moved away."""
     steps = 200  # a minute at least: Slurm looks at the limits every half minute

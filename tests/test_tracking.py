@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sdpo.config import Config, ConfigError, ModelConfig, RolloutConfig, TaskConfig, TrackingConfig
-from megatron_sdpo.tracking import METRICS_FILE, Tracker, read_metrics
+from megatron_sdpo.launch.preflight import check_run
+from megatron_sdpo.tracking import METRICS_FILE, Tracker, check_trackers, read_metrics
+from recipes import recipe
 
 ROOT = Path(__file__).parent.parent
 CONFIG = Config(
@@ -239,3 +241,12 @@ def test_a_tracker_that_is_not_installed_is_refused(
     monkeypatch.setitem(sys.modules, module, None)  # what the import system itself does for an absent module
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         Tracker(dataclasses.replace(CONFIG, tracking=tracking), tmp_path, is_writer=True)
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_missing_is_refused_before_a_run(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = TrackingConfig(tensorboard=True) if package == "tensorboard" else TrackingConfig(wandb_project="study")
+    monkeypatch.setitem(sys.modules, package, None)  # not found
+    with pytest.raises(ConfigError, match=r"not installed; pip install 'megatron-sdpo\[trackers\]', or set tracking"):
+        check_run(dataclasses.replace(recipe("minipipe"), tracking=asked))
+    check_trackers(TrackingConfig())

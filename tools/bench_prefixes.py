@@ -105,7 +105,7 @@ def report(
         tokens = sides[name].performance(batch, dict.fromkeys(map("time/{}".format, PASSES), 1.0))
         parts = "  ".join(f"{p} {statistics.median(s[p] for s in steps):.3f}" for p in PASSES)
         total = statistics.median(sum(s.values()) for s in steps)
-        print(f"{name:14} {total:.3f} s  {parts}  spared {tokens['batch/shared_tokens']:.0f} tokens")
+        print(f"{name:14} {total:.3f} s  {parts}  spared {tokens['perf/shared_tokens']:.0f} tokens")
     totals = {name: [sum(s.values()) for s in steps] for name, steps in found.items()}
     teacher = {name: [s["score_teacher"] for s in steps] for name, steps in found.items()}
     for words, values, above, below in (

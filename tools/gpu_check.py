@@ -22,8 +22,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-SECTIONS = {
+SECTIONS = {  # long ones first, so that none is left to run alone
     "environment": "gpu_sections.numerics:environment",
+    "engines": "gpu_sections.engines:engines",
+    "minipipe": "gpu_sections.training:minipipe_plain",
+    "minipipe-fp8": "gpu_sections.training:minipipe_fp8",
+    "memory": "gpu_sections.training:memory",
     "linears": "gpu_sections.numerics:linears",
     "codes": "gpu_sections.numerics:codes",
     "learners": "gpu_sections.numerics:learners",
@@ -31,10 +35,6 @@ SECTIONS = {
     "teacher": "gpu_sections.numerics:teacher",
     "divergences": "gpu_sections.numerics:divergences",
     "checkpoints": "gpu_sections.training:checkpoints",
-    "memory": "gpu_sections.training:memory",
-    "minipipe": "gpu_sections.training:minipipe_plain",
-    "minipipe-fp8": "gpu_sections.training:minipipe_fp8",
-    "engines": "gpu_sections.engines:engines",
 }
 
 

@@ -24,6 +24,7 @@ DEFAULT_FOLDER = Path(__file__).parents[1] / "megatron_sdpo" / "data" / "minipip
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 MARKS = ("<q>", "<sol>", "<fb>", "<again>", "<a>", "<att>")
 VOCABULARY_SIZE = 104
+WIDTH = 96
 
 # The last alternative keeps what nothing else matches, as <unk>: no character is dropped unseen.
 WORD = r"<[a-z]+>|[A-Za-z_]+|\d|[^\w\s]|\w"
@@ -78,19 +79,24 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
-def model_config() -> dict[str, Any]:
-    """The Hugging Face configuration of the base model: a Llama of 0.37M parameters."""
+def model_config(width: int = WIDTH) -> dict[str, Any]:
+    """The Hugging Face configuration of the base model: a Llama, of 0.37M parameters in its usual width.
+
+    Other widths make a ladder of sizes (recipes/minipipe_ladder.py); heads and depth stay.
+    """
+    if width % 16:
+        raise ValueError(f"a width of {width} does not divide among four heads of an even size; take a multiple of 16")
     ids = vocabulary()
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": VOCABULARY_SIZE,
-        "hidden_size": 96,
-        "intermediate_size": 176,
+        "hidden_size": width,
+        "intermediate_size": 8 * round(width * 11 / 48),
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
-        "head_dim": 24,
+        "head_dim": width // 4,
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -109,21 +115,21 @@ def model_config() -> dict[str, Any]:
     }
 
 
-def write_config(folder: Path) -> None:
+def write_config(folder: Path, width: int = WIDTH) -> None:
     """config.json and generation_config.json."""
-    config = model_config()
+    config = model_config(width)
     _write_json(folder / "config.json", config)
     ids = {key: config[key] for key in ("eos_token_id", "pad_token_id")}
     _write_json(folder / "generation_config.json", {"do_sample": True, "temperature": 1.0, **ids})
 
 
-def write_initial_weights(path: Path, seed: int) -> None:
+def write_initial_weights(path: Path, seed: int, width: int = WIDTH) -> None:
     """Untrained weights, fp32, under Hugging Face names, to the file ``path``.
 
     The scales matter: with the usual small embedding, token identity drowns in the first blocks'
     outputs and the model does not learn to copy in any budget of minutes.
     """
-    config, rng = model_config(), np.random.default_rng(seed)
+    config, rng = model_config(width), np.random.default_rng(seed)
     hidden, inner, entries = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
@@ -161,13 +167,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the MiniPipe model directory.")
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the model, a multiple of 16")
     parser.add_argument("--weights", action="store_true", help="write untrained weights, too")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_tokenizer(arguments.out)
-    write_config(arguments.out)
+    write_config(arguments.out, arguments.width)
     if arguments.weights:
-        write_initial_weights(arguments.out / "model.safetensors", arguments.seed)
+        write_initial_weights(arguments.out / "model.safetensors", arguments.seed, arguments.width)
     print(f"wrote {arguments.out}")
 
 

@@ -2,7 +2,7 @@
 
     python tools/pretrain_minipipe.py --out megatron_sdpo/data/minipipe-base
 
-About six minutes on one core. torchrun with LAYOUT overrides works as in training.
+About six minutes on one core. The ladder of sizes: ``--width 48 --out models/minipipe-w48``, and so on.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from make_minipipe_tokenizer import write_config, write_initial_weights, write_tokenizer
+from make_minipipe_tokenizer import WIDTH, write_config, write_initial_weights, write_tokenizer
 
 from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import (
@@ -54,8 +54,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory that receives the trained checkpoint")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--documents", type=int, default=32, help="documents a step")
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, help="default: 3e-3 at the usual width, and in inverse proportion to it")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the model, a multiple of 16")
     arguments = parser.parse_args()
 
     from megatron_sdpo.mcore import groups as parallel
@@ -66,9 +67,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder)
         write_tokenizer(start)
-        write_config(start)
-        write_initial_weights(start / "model.safetensors", arguments.seed)
-        run = config(start, arguments.steps, arguments.lr)
+        write_config(start, arguments.width)
+        write_initial_weights(start / "model.safetensors", arguments.seed, arguments.width)
+        run = config(start, arguments.steps, arguments.lr or 3e-3 * WIDTH / arguments.width)
         check(run)
         groups = parallel.initialize(run.layout, arguments.seed, timeout_s=120)
         learner = Learner(run, groups)

@@ -3,22 +3,27 @@
 import argparse
 import dataclasses
 import json
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import Config
-from recipes import recipe, recipes
+from recipes import recipe
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """Where a command's parser is added; argparse has no public name for it."""
 RAW = argparse.RawDescriptionHelpFormatter
+RECIPE_HELP = "a name that `megatron-sdpo recipes` lists, or module:function, a recipe of your own"
 
 
 def add_recipe(command: argparse.ArgumentParser) -> None:
     """RECIPE, key=value, --layout and --run-dir, which ``read_config`` reads."""
-    command.add_argument("recipe", help=f"one of: {', '.join(sorted(recipes()))}")
+    command.add_argument("recipe", help=RECIPE_HELP)
     command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="change one configuration value, e.g. optim.lr=1e-3"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="change one configuration value, e.g. optim.lr=1e-3",
     )
     command.add_argument("--layout", help=configuration.LAYOUT_HELP)
     command.add_argument("--run-dir", help="where everything is written (short for run_dir=)")
@@ -26,11 +31,15 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
 
 def configuration_help() -> str:
     """Every key with its type and default."""
-    lines = ["configuration keys (change them with key=value):"]
-    for key, (kind, default) in configuration.fields_by_name().items():
-        shown = "set by the recipe" if default is dataclasses.MISSING else f"default {json.dumps(default)}"
-        lines.append(f"  {key:36} {configuration.type_words(kind)}; {shown}")
-    return "\n".join(lines)
+    keys = configuration.fields_by_name()
+    lines = ["configuration keys (change them with key=value; `megatron-sdpo keys [WORD]` says what they mean):"]
+    return "\n".join([*lines, *(f"  {key_line(key, *of_key)}" for key, of_key in keys.items())])
+
+
+def key_line(key: str, kind: Any, default: Any) -> str:
+    """Example: ``optim.lr    a number; default 1e-05``"""
+    shown = "set by the recipe" if default is dataclasses.MISSING else f"default {json.dumps(default)}"
+    return f"{key:36} {configuration.type_words(kind)}; {shown}"
 
 
 def read_config(arguments: argparse.Namespace) -> Config:

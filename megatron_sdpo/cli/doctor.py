@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from megatron_sdpo import config as configuration
-from megatron_sdpo.cli.configuring import RAW, Commands
-from recipes import recipe, recipes
+from megatron_sdpo.cli.configuring import RAW, RECIPE_HELP, Commands
+from recipes import recipe
 
 
 def add_doctor(commands: Commands) -> None:
@@ -17,8 +17,8 @@ def add_doctor(commands: Commands) -> None:
         description="Look at this machine and say what to do. With a recipe, judge by what it needs.\n"
         "The exit code is 0 when nothing fails, else 1; what is optional and absent does not fail.",
     )
-    command.add_argument("--recipe", metavar="NAME", help=f"one of: {', '.join(sorted(recipes()))}")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
+    command.add_argument("--recipe", metavar="NAME", help=RECIPE_HELP)
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of the recipe")
     command.add_argument("--layout", help="of the recipe, as in train")
     command.add_argument("--run-dir", help="where the run will be written; default: the recipe's, or runs")
     command.add_argument("--json", action="store_true", help="a JSON list of name, state, seen, todo")

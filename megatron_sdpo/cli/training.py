@@ -3,16 +3,20 @@
 import argparse
 import dataclasses
 import json
+import shutil
 import time
 from pathlib import Path
 
 from megatron_sdpo import config as configuration
 from megatron_sdpo.cli.configuring import RAW, Commands, add_recipe, configuration_help, read_config, trainer_words
 from megatron_sdpo.config import Config, ConfigError
-from megatron_sdpo.launch.local import DISCOVERY, REPLAY, run_locally
+from megatron_sdpo.launch.local import DISCOVERY, REPLAY, TRAINING, Program, RoleDied, run_locally
 from megatron_sdpo.launch.preflight import check_replay, check_run
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.tracking import read_metrics
+
+FULL = 32_000_000
+"""Bytes free below which a disk counts as full: what is written at one time may be as much."""
 
 
 def add_train(commands: Commands) -> None:
@@ -68,7 +72,7 @@ def train(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     print(f"{config.name}: {config.steps} steps in {run_dir.path}, trainer {trainer_words(config)}, ", end="")
     print(f"{config.engine.count} engine(s); starting takes about half a minute", flush=True)
-    run_locally(config, run_dir)
+    _run(config, run_dir, TRAINING)
     from megatron_sdpo.report import write_report  # loads matplotlib
 
     report = write_report(run_dir.path)
@@ -81,6 +85,18 @@ def train(arguments: argparse.Namespace) -> None:
         print(f"journal {run_dir.attempts}")
     else:
         print(f"model   {run_dir.exported} (Hugging Face format)")
+
+
+def _run(config: Config, run_dir: RunDir, program: Program) -> None:
+    """All roles to their end. On a full disk one may end without a word, as it cannot write its log either."""
+    try:
+        run_locally(config, run_dir, program)
+    except RoleDied as error:
+        disk = shutil.disk_usage(run_dir.path)
+        if disk.free > FULL or not disk.total:
+            raise
+        words = f"The disk of {run_dir.path} is full ({disk.free / 1e6:.1f} MB free): make room."
+        raise RoleDied(f"{error}\n{words}") from error
 
 
 def add_discover(commands: Commands) -> None:
@@ -122,7 +138,7 @@ def discover(arguments: argparse.Namespace) -> None:
         end="",
     )
     print(f"{config.engine.count} engine(s); starting takes about half a minute", flush=True)
-    run_locally(config, run_dir, DISCOVERY)
+    _run(config, run_dir, DISCOVERY)
     from megatron_sdpo.report.discovery import summary_lines, write_discovery  # loads matplotlib
 
     page = write_discovery(run_dir.path)

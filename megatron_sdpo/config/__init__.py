@@ -17,7 +17,7 @@ checks.py    what values may be, alone and together; fp8_checks.py: which precis
 
 from megatron_sdpo.config.checks import check, check_discovery
 from megatron_sdpo.config.layouts import LAYOUT_HELP, layout_name, layout_overrides
-from megatron_sdpo.config.reading import apply_overrides, fields_by_name, load, read_json, save, type_words
+from megatron_sdpo.config.reading import apply_overrides, fields_by_name, load, meanings, read_json, save, type_words
 from megatron_sdpo.config.sandbox import Limits, SandboxConfig
 from megatron_sdpo.config.training import (
     CheckpointConfig,
@@ -79,6 +79,7 @@ __all__ = [
     "layout_name",
     "layout_overrides",
     "load",
+    "meanings",
     "read_json",
     "save",
     "type_words",

@@ -1,12 +1,15 @@
 """The tree from overrides and JSON, and back: unknown keys and values of another type are refused."""
 
+import ast
 import dataclasses
 import difflib
+import inspect
 import json
 import math
+import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -31,24 +34,67 @@ def fields_by_name(kind: type = Config, prefix: str = "") -> dict[str, tuple[Any
     return leaves
 
 
+def meanings(kind: type = Config, prefix: str = "") -> dict[str, str]:
+    """Dotted name -> what it means, of every key: the words below it in the source; "" where there are none.
+
+    A section's own words are under its name.
+    """
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(tree, ast.ClassDef)
+    words = {}
+    for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            value = after.value if isinstance(after, ast.Expr) else None
+            text = value.value if isinstance(value, ast.Constant) else ""
+            words[node.target.id] = " ".join(str(text).split())
+    found: dict[str, str] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        found[prefix + name] = words[name]
+        if dataclasses.is_dataclass(hint):
+            found[prefix + name] = " ".join((inspect.getdoc(hint) or "").split())
+            found |= meanings(hint, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+    return found
+
+
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """``["optim.lr=1e-3", "task.options.hint=false"]`` -> a changed copy; values are read as JSON, else as text."""
+    """``["optim.lr=1e-3", "task.options.hint=false"]`` -> a changed copy; values are read as JSON, else as text.
+
+    Another ``task.name`` starts without the options of the task before it, wherever in ``overrides`` it stands.
+    """
     leaves = fields_by_name()
+    named = [_literal(text) for key, _, text in (o.partition("=") for o in overrides) if key == "task.name"]
+    if any(name != config.task.name for name in named):
+        config = _replace(config, ["task", "options"], {})
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"override {override!r} has no '='; write it as section.key=value")
         options = key.startswith("task.options.") and len(key) > len("task.options.")
         if key not in leaves and not options:
-            near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else "; `megatron-sdpo train --help` lists the keys"
-            raise ConfigError(f"unknown configuration key {key!r}{hint}")
+            raise ConfigError(f"unknown configuration key {key!r}{_hint(key, leaves)}")
         value = _literal(text)
         if options:
             name = key.removeprefix("task.options.")
             key, value = "task.options", {**config.task.options, name: value}
         config = _replace(config, key.split("."), _read(key, value, text, leaves[key][0]))
     return config
+
+
+def _hint(key: str, leaves: Collection[str]) -> str:
+    """What may have been meant: a similar key, else what is in the section that was named, else where all keys are."""
+    section, _, last = key.rpartition(".")
+    there = [leaf.rpartition(".")[2] for leaf in leaves if leaf.rpartition(".")[0] == section]
+    inside = [leaf.removeprefix(f"{key}.") for leaf in leaves if leaf.startswith(f"{key}.")]
+    if inside:
+        return f": it is a section, whose keys are {', '.join(inside)}"
+    if section and there:
+        near = difflib.get_close_matches(last, there, n=1)
+        return f"; did you mean {section}.{near[0]}?" if near else f"; the keys of {section} are {', '.join(there)}"
+    if near := difflib.get_close_matches(key, leaves, n=1, cutoff=0.8):
+        return f"; did you mean {near[0]}?"
+    near = difflib.get_close_matches(last, {leaf.rpartition(".")[2]: leaf for leaf in leaves}, n=1, cutoff=0.7)
+    same = [leaf for leaf in leaves if near and leaf.rpartition(".")[2] == near[0]]
+    return f"; did you mean {' or '.join(same)}?" if same else "; `megatron-sdpo train --help` lists the keys"
 
 
 T = TypeVar("T")

@@ -36,7 +36,7 @@ class LayoutConfig:
     """Attempts at a question have prompts that begin alike, the teacher's most of all; a pass may read what they share
     once. teacher: the teacher's passes do; scoring: the student's scoring passes too, whose log-probs then differ from
     those of the training passes by rounding, which shows in bf16. Data ranks get whole questions as far as their work
-    stays even. No result changes beyond rounding; batch/shared_tokens counts what is spared. Not with
+    stays even. No result changes beyond rounding; perf/shared_tokens counts what is spared. Not with
     context_parallel, which divides whole sequences. auto: teacher, but off with context_parallel, and on GPUs, where it
     has not yet run."""
     head_chunk_tokens: int = 1024
@@ -97,15 +97,23 @@ class OptimConfig:
     """AdamW."""
 
     lr: float = 1e-5
+    """After warm-up."""
     lr_decay: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the learning rate after warm-up, from lr to lr * min_lr_ratio at the last step."""
     min_lr_ratio: float = 0.0
+    """See lr_decay."""
     warmup_steps: int = 0
+    """Generation batches over which the learning rate rises to lr, linearly."""
     weight_decay: float = 0.01
+    """AdamW's, decoupled."""
     beta1: float = 0.9
+    """Decay of the mean of gradients."""
     beta2: float = 0.999
+    """Decay of the mean of their squares."""
     eps: float = 1e-8
+    """Added to the root of the latter."""
     clip_grad: float = 1.0
+    """Largest norm of a gradient; a longer one is scaled down to it. 0 leaves all as they are."""
     mini_batches: int = 1
     """Optimizer steps per generation batch; samples are dealt to them at random by seed."""
 

@@ -81,9 +81,13 @@ class RolloutConfig:
     """What the coordinator asks of the engines for one step."""
 
     prompts_per_step: int = 32
+    """Questions of a generation batch."""
     attempts_per_prompt: int = 8
+    """Attempts at each; the siblings among which a demonstration is looked for."""
     max_new_tokens: int = 8192
+    """Longest response; what is longer is cut, and judged as it is."""
     temperature: float = 1.0
+    """Of training attempts; the trainer divides its logits by it too."""
     max_staleness: int = 0
     """Steps that generation may run ahead of training; 0 is synchronous and on-policy."""
     verify_workers: int = 2
@@ -97,6 +101,7 @@ class TeacherContextConfig:
     success_threshold: float = 0.5
     """An attempt with at least this reward may demonstrate."""
     demonstrations: bool = True
+    """A successful attempt at the same question is shown to the teacher."""
     demonstration: Literal["first", "random"] = "first"
     """Which of the attempts that may demonstrate does; random draws one for every attempt, by the seed."""
     exclude_own_success: bool = True
@@ -104,12 +109,18 @@ class TeacherContextConfig:
     remove_thinking: bool = True
     """Drop <think>...</think> from a demonstration, and from a shown attempt."""
     feedback: Literal["without_solution", "always", "never"] = "without_solution"
+    """When the teacher reads the verifier's words about the attempt: where no success is shown, wherever there are
+    words, or never (then an attempt without a successful sibling has no target)."""
     include_attempt: bool = False
     """Show a failed attempt to its own teacher, beside what else is shown; it cost 4 points in paper table 6."""
     template: str = "{prompt}{solution}{attempt}{feedback}\n\nCorrectly solve the original question.\n"
+    """What the teacher's user message is: the last one of the question, with the sections that there are."""
     solution_template: str = "\nCorrect solution:\n\n{solution}\n\n"
+    """The section with the demonstration."""
     attempt_template: str = "\nThe following is your unsuccessful earlier attempt:\n\n{attempt}\n\n"
+    """That with the failed attempt (include_attempt)."""
     feedback_template: str = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback}\n\n"
+    """That with the verifier's words."""
     max_prompt_tokens: int = 10240
     """Longest teacher prompt; a longer one is treated by ``too_long``."""
     too_long: Literal["drop", "shorten", "shorten_feedback", "shorten_demonstration", "fail"] = "shorten"
@@ -176,6 +187,7 @@ class ObjectiveConfig:
     teacher); question_difficulty: a question weighs sqrt(p (1 - p)), p its success rate, scaled to mean one
     over the questions of the batch. The two factors change no denominator."""
     teacher_confidence_beta: float = 1.0
+    """See sample_weighting."""
     stop_at_saturation: float | None = None
     """Attempts at a question whose success rate in the batch is at least this have no target; None trains on all."""
     policy_drift_clip: float | None = 2.0
@@ -185,8 +197,9 @@ class ObjectiveConfig:
     advantage_std: bool = False
     """GRPO: divide the advantage by the group's standard deviation."""
     clip_low: float = 0.2
+    """GRPO: the ratio pi_theta / pi_old is clipped at 1 - clip_low ..."""
     clip_high: float = 0.28
-    """GRPO: ratio clip 1 - clip_low, 1 + clip_high."""
+    """... and at 1 + clip_high."""
     dual_clip: float | None = 3.0
     """GRPO: bound of the loss for negative advantages; None switches it off."""
     kl_coefficient: float = 0.0
@@ -244,6 +257,7 @@ class PublishConfig:
     2e-6 in fp32, 0.03 where rounding had turned one code of an activation, 0.2 in bf16; from a student that is not in
     FP8, or whose head_dim is 64, 0.3 to 0.5, as far as FP8 itself moves them."""
     timeout_s: float = 300.0
+    """Longest wait for an engine while weights are published."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,7 +269,9 @@ class EvaluationConfig:
     questions: int | None = None
     """How many of the task's held-out questions; None takes all."""
     attempts: int = 4
+    """At each question: k of avg@k and pass@k."""
     temperature: float = 1.0
+    """Of held-out attempts."""
     top_p: float = 1.0
     """Sample from the most probable tokens that together have this probability; 1 from all."""
 
@@ -285,7 +301,9 @@ class TrackingConfig:
     """Where numbers go besides metrics.jsonl and the console."""
 
     tensorboard: bool = False
+    """Event files in RUN_DIR/tensorboard; needs the extra trackers."""
     wandb_project: str | None = None
+    """Weights & Biases project; the same run directory is the same run there. Needs the extra trackers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -312,11 +330,13 @@ class Config:
     """A whole run."""
 
     name: str
+    """Of the run, on the console, in its report and in W&B."""
     run_dir: str
     """Everything the run writes; the same directory resumes."""
     steps: int
     """Generation batches; ``discover`` sets it to those of one trial, budget / rollout.attempts_per_prompt."""
     seed: int = 0
+    """Of the order of questions, of how samples are dealt, and, if deterministic, of sampling."""
     deterministic: bool = False
     """The same command gives the same run to the bit, killed and resumed or not, under one layout on one kind of
     machine. Engines are slower; on a CPU they answer one request at a time."""

@@ -15,6 +15,7 @@ import psutil
 
 from megatron_sdpo.config import ConfigError, SandboxConfig
 from megatron_sdpo.launch.doctor import Finding, Needs
+from megatron_sdpo.launch.preflight import checkpoint_bytes
 from megatron_sdpo.rollout.fleet import check_ports
 from megatron_sdpo.rollout.ports import port_range
 from megatron_sdpo.sandbox.selftest import check_local
@@ -28,8 +29,6 @@ LEAST_FILES = 4096
 """Open files: a coordinator holds a connection for each request that is under way."""
 SKEW_S = 2.0
 """Clocks further apart put logs, timelines and signs of life of different nodes into a wrong order."""
-BYTES_A_WEIGHT = 16
-"""Of a checkpoint: fp32 weights, two moments and the teacher."""
 
 
 def sandbox(needs: Needs) -> Finding:
@@ -70,7 +69,10 @@ def disk(needs: Needs) -> Finding:
         return Finding("disk", "fail", f"{place} cannot be written ({error.strerror})", "set another run_dir")
     free = shutil.disk_usage(place).free
     seen = f"{free / 1e9:.0f} GB free for {needs.run_dir}"
-    wanted = _checkpoint_bytes(needs)
+    try:
+        wanted = _checkpoint_bytes(needs)
+    except ConfigError as error:
+        return Finding("disk", "fail", f"{seen}; {error}", "mend model.path")
     if wanted > free:
         seen += f", of {wanted / 1e9:.0f} GB for checkpoints"
         return Finding("disk", "fail", seen, "set another run_dir, or lower checkpoint.keep")
@@ -85,11 +87,9 @@ def _existing(path: Path) -> Path:
 
 def _checkpoint_bytes(needs: Needs) -> float:
     """Those that are kept and one more while it is written; 0 without a recipe, or where its model is not there."""
-    if needs.config is None:
+    if needs.config is None or not Path(needs.config.model.path).is_dir():
         return 0.0
-    model = sum(file.stat().st_size for file in Path(needs.config.model.path).glob("*.safetensors"))
-    weights = model / (4 if needs.config.model.dtype == "float32" else 2)
-    return weights * BYTES_A_WEIGHT * (needs.config.checkpoint.keep + 1)
+    return checkpoint_bytes(needs.config) * (needs.config.checkpoint.keep + 1)
 
 
 def memory(needs: Needs) -> Finding:

@@ -1,4 +1,4 @@
-"""Launch recipes with NeMo-Run: ``python -m megatron_sdpo.launch.nemo train | pipeline | sweep``.
+"""Launch recipes with NeMo-Run: ``python -m megatron_sdpo.launch.nemo train | pipeline | sweep | study``.
 
 ::
 
@@ -6,6 +6,7 @@
     python -m megatron_sdpo.launch.nemo train -f minipipe 'config.optim.lr*=2' run.executor=slurm run.executor.nodes=2
     python -m megatron_sdpo.launch.nemo pipeline -f minipipe source=runs/other run.executor=slurm --detach --yes
     python -m megatron_sdpo.launch.nemo sweep -f minipipe 'grid={"optim.lr": [1e-3, 5e-4], "seed": [0, 1]}' --dryrun
+    python -m megatron_sdpo.launch.nemo study study=ladder 'sizes=["8B"]' run.executor=slurm run.executor.nodes=2
 
 ``directory`` is the run directory (NeMo-Run keeps names that begin with run for itself).
 With ``-f RECIPE`` every key is ``config.…``, with NeMo-Run's operators; ``recipe=NAME`` with
@@ -29,7 +30,7 @@ from nemo_run.cli.cli_parser import type_parser
 from megatron_sdpo.config import Config, ConfigError
 from megatron_sdpo.config.reading import read_value
 from megatron_sdpo.launch import nemo_executors, nemo_tasks
-from megatron_sdpo.launch.nemo_experiments import Step, editable, launch, run_steps
+from megatron_sdpo.launch.nemo_experiments import Step, editable, launch, run_steps, study_steps
 from megatron_sdpo.launch.nemo_experiments import pipeline as pipeline_steps
 from megatron_sdpo.launch.nemo_experiments import sweep as sweep_steps
 from recipes import recipe as recipe_of
@@ -85,6 +86,20 @@ def sweep(
     _launch(ctx, f"{task.recipe}-sweep", lambda: sweep_steps(task, read_grid(grid)), python)
 
 
+def study(
+    ctx: run.cli.RunContext,
+    study: str = "",
+    arms: list[str] = [],  # noqa: B006
+    sizes: list[str] = [],  # noqa: B006
+    seeds: list[int] = [],  # noqa: B006
+    out: str = "",
+    python: str = "",
+) -> None:
+    """A scaling study's runs, a job each, on as many nodes as the executor has: sizes that take others, by themselves.
+    ``megatron-sdpo study NAME --report`` reads them."""
+    _launch(ctx, f"{study}-study", lambda: study_steps(study, out, arms, sizes, seeds), python)
+
+
 def read_grid(text: str) -> dict[str, Any]:
     try:
         grid = json.loads(text)
@@ -108,7 +123,7 @@ def _task(recipe: str, config: Config | None, overrides: list[str], layout: str,
 def _launch(ctx: run.cli.RunContext, title: str, build: Callable[[], Mapping[str, Step]], python: str) -> None:
     executor = ctx.executor or run.LocalExecutor(packager=run.Packager())
     try:
-        codes = launch(title, build(), executor, python, dryrun=ctx.dryrun, detach=ctx.detach)
+        codes = launch(title.replace(":", "-"), build(), executor, python, dryrun=ctx.dryrun, detach=ctx.detach)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         _outcome.append(2)
@@ -118,13 +133,13 @@ def _launch(ctx: run.cli.RunContext, title: str, build: Callable[[], Mapping[str
     _outcome.append(int(any(code != 0 for code in codes.values())))
 
 
-COMMANDS = {"train": train, "pipeline": pipeline, "sweep": sweep}
+COMMANDS = {"train": train, "pipeline": pipeline, "sweep": sweep, "study": study}
 
 
 def register() -> None:
     """What a user names on the command line: recipes as ``-f`` (with _ for -), and values as the package reads them."""
     for name in recipes():
-        for command in COMMANDS.values():
+        for command in (train, pipeline, sweep):
             run.cli.factory(_recipe_factory(name, command), target=command, name=name.replace("-", "_"))
 
     def read(text: str, kind: Any) -> Any:

@@ -30,6 +30,7 @@ from megatron_sdpo.launch.nemo_executors import SIGNAL_S
 from megatron_sdpo.launch.nemo_step import read_record
 from megatron_sdpo.launch.nemo_tasks import CHECKOUT, COMMANDS, convert, evaluate, report, train, training_python
 from recipes import recipe as recipe_of
+from recipes import study as study_of
 
 POLL_S = 2.0
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
@@ -129,6 +130,17 @@ def sweep(task: run.Partial, grid: Mapping[str, Sequence[Any]]) -> dict[str, Ste
         one.overrides = [*(getattr(task, "overrides", None) or ()), *point]
         one.run_dir = str(own)
         steps[f"train-{number}"] = Step(one, _record(own, "train"))
+    return steps
+
+
+def study_steps(
+    name: str, out: str, arms: Sequence[str], sizes: Sequence[str], seeds: Sequence[int]
+) -> dict[str, Step]:
+    """The runs of a scaling study, each by itself; ``megatron-sdpo study NAME --report --out OUT`` reads them."""
+    study, steps = study_of(name), {}
+    for cell in study.cells(out or f"runs/{study.name}", arms, sizes, seeds):
+        task = run.Partial(train, recipe=cell.recipe, overrides=list(cell.overrides))
+        steps[cell.name] = Step(task, _record(Path(configuration_of(task).run_dir), "train"))
     return steps
 
 

@@ -99,6 +99,8 @@ def settled(
 def changes(base: Config, wanted: Config) -> list[str]:
     """The overrides that make ``wanted`` of ``base``; a task's options are one value."""
     before, after = leaves(dataclasses.asdict(base)), leaves(dataclasses.asdict(wanted))
+    if wanted.task.name != base.task.name:
+        before["task.options"] = {}  # another task starts without options
     return [f"{key}={json.dumps(value)}" for key, value in after.items() if before[key] != value]
 
 

@@ -42,15 +42,16 @@ def architecture(name: str | None, config: Config) -> Path:
 
 def plan_words(
     config: Config,
-    nodes: int,
+    nodes: int | None,
     gpu: str,
     model: str | None,
     lengths: tuple[int | None, ...],
     suggest: bool,
     colocated: bool = False,
 ) -> str:
-    """What to print. ``lengths``: of prompt, response, teacher prompt; None takes the usual. ``colocated``: as if the
-    engines took turns with the trainer on its GPUs, as engine.release_memory has them do."""
+    """What to print. ``nodes``: None takes as many as the recipe fills. ``lengths``: of prompt, response, teacher
+    prompt; None takes the usual. ``colocated``: as if the engines took turns with the trainer on its GPUs, as
+    engine.release_memory has them do."""
     for option, number in zip(("nodes", *_LENGTHS), (nodes, *lengths), strict=True):
         if number is not None and number < 1:
             raise ConfigError(f"--{option} is {number}; it must be at least 1")
@@ -65,6 +66,8 @@ def plan_words(
     mean = Lengths(*(default if n is None else n for n, default in zip(lengths, defaults, strict=True)))
     device, reach = gpu_of(gpu), Reach()
     sharing = Sharing.COLOCATED if colocated or config.engine.release_memory else Sharing.SEPARATE
+    if nodes is None:
+        nodes = planner.nodes_of(config, sharing)
     if suggest:
         return ranking(planner.suggest(config, hf_config, nodes, device, mean, reach, sharing), MOST)
     found = planner.plan(config, hf_config, nodes, device, mean, reach, sharing)

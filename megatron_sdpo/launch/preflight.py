@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,18 @@ from megatron_sdpo.config import Config, ConfigError, Fp8Config
 from megatron_sdpo.hf_config import check_model, read_model_config
 from megatron_sdpo.launch.local import gpus_of_torch
 from megatron_sdpo.launch.run_dir import RunDir
+from megatron_sdpo.launch.weight_files import count_weights
 from megatron_sdpo.rollout.fleet import check_ports
 from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.rollout.prompts import PromptStream, check_lengths
 from megatron_sdpo.sandbox import check_sandbox, say_uneven_workers
 from megatron_sdpo.tasks import load_task
 from megatron_sdpo.teacher_context import check_templates
+from megatron_sdpo.tracking import check_trackers
+from megatron_sdpo.types import Question, Task, Verdict
+
+BYTES_A_WEIGHT = 12
+"""Of a checkpoint: the fp32 weight and AdamW's two moments; a teacher is 4 more."""
 
 
 def check_run(config: Config, must_evaluate: bool = False) -> None:
@@ -27,9 +35,11 @@ def check_run(config: Config, must_evaluate: bool = False) -> None:
     ``must_evaluate``: only held-out questions are needed, whatever ``evaluation.every`` says.
     """
     configuration.check(config)
-    model, tokens = _read_model(config, has_trainer=not (must_evaluate or config.debug.rollout_only))
+    has_trainer = not (must_evaluate or config.debug.rollout_only)
+    model, tokens = _read_model(config, has_trainer)
     check_model(config, model)
     check_fp8(config.fp8)
+    check_trackers(config.tracking)
     _check_teacher_length(config, model)
     check_templates(config.teacher_context)
     task = load_task(config.task.name, **config.task.options)
@@ -42,12 +52,36 @@ def check_run(config: Config, must_evaluate: bool = False) -> None:
         hint = "" if must_evaluate else "; set evaluation.every=0"
         raise ConfigError(f"the task {config.task.name!r} has no held-out questions{hint}")
     questions = [*task.train_questions(), *task.eval_questions()]
+    check_verdict(task, config.task.name, questions)
     check_lengths(questions, tokens, config.rollout.max_new_tokens, config.model.max_length)
     if config.debug.from_journal is None:
         check_ports(config)
     else:
         check_journal(config, Path(config.debug.from_journal))
-    _check_run_dir(Path(config.run_dir))
+    _check_run_dir(Path(config.run_dir), checkpoint_bytes(config) if has_trainer else 0)
+
+
+def check_verdict(task: Task, name: str, questions: Sequence[Question]) -> None:
+    """Refuse a user's own task that does not judge the empty answer, as any answer may be; before engines have started.
+
+    One that executes programs is left to the run, where its sandboxes are.
+    """
+    if ":" not in name or hasattr(task, "use_sandbox") or not questions:
+        return
+    try:
+        verdict = task.verify(questions[0], "")
+    except Exception as error:  # a user's verifier may fail in any way; the cause stays attached
+        raise ConfigError(f"task {name!r} fails on an empty answer to {questions[0].id!r}: {error!r}") from error
+    if not isinstance(verdict, Verdict):
+        raise ConfigError(f"verify of task {name!r} returned {verdict!r}; it must return a Verdict(reward, feedback)")
+    if not 0.0 <= verdict.reward <= 1.0:
+        raise ConfigError(f"verify of task {name!r} gave the reward {verdict.reward}; a reward lies in [0, 1]")
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Of one checkpoint of the trainer's."""
+    teacher = 4 if config.objective.has_teacher and config.teacher.kind != "live" else 0
+    return count_weights(Path(config.model.path)) * (BYTES_A_WEIGHT + teacher)
 
 
 def check_fp8(fp8: Fp8Config) -> None:
@@ -97,6 +131,7 @@ def check_engines(config: Config) -> None:
 def _read_model(config: Config, has_trainer: bool) -> tuple[dict[str, Any], Chat]:
     """Without a trainer engines serve the weights of ``model.path``, which may then be in FP8."""
     model, tokens = read_model_config(config, fp8=not has_trainer), Chat(config.model.path, config.model.thinking)
+    count_weights(Path(config.model.path))
     if not has_trainer:
         fp8_format.check_engines_alone(config, model)
     fp8_format.check_device(config, model, has_gpu=gpus_of_torch() > 0)
@@ -117,7 +152,14 @@ def _check_teacher_length(config: Config, model: dict[str, Any]) -> None:
         )
 
 
-def _check_run_dir(path: Path) -> None:
+def _check_run_dir(path: Path, checkpoint: int = 0) -> None:
+    """``checkpoint``: bytes of one, for which there must be room."""
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(f"run_dir {path} cannot be written; set another run_dir")
+    disk = shutil.disk_usage(existing)
+    if disk.total and disk.free < checkpoint:  # some file systems do not tell, and have no size either
+        raise ConfigError(
+            f"run_dir {path} has {disk.free / 1e9:.3g} GB free, and one checkpoint takes {checkpoint / 1e9:.3g} GB;"
+            " make room or set another run_dir"
+        )

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_sdpo import measures
 from megatron_sdpo.config import Config, ConfigError, fields_by_name
-from megatron_sdpo.report.figures import PHASES, curve_png, curve_svg
+from megatron_sdpo.report.contexts import teacher_reads
+from megatron_sdpo.report.figures import PHASES, curve_png, curve_svg, diagnostics_svg
 from megatron_sdpo.report.page import render, write
 from megatron_sdpo.report.record import RunRecord, read_run
 from megatron_sdpo.timeline import write_timeline
@@ -32,15 +34,19 @@ def write_report(run_dir: Path) -> Path:
     write_timeline(run_dir)
     curve_png([run], run_dir / "curve.png")
     changed, default = _settings(run.config)
+    reads, why_unread = teacher_reads(run.config, run.groups)
     page = render(
         "run.html.j2",
         run=run,
         headlines=_headlines(run),
         curves=curve_svg([run]) if run.rows else "",
+        diagnostics=diagnostics_svg(run),
         phases=_phase_table(run),
+        numbers=_numbers(run),
         changed=changed,
         default=default,
-        transcripts=[_transcript(group) for group in run.groups],
+        transcripts=[_transcript(group, reads[i] if reads else []) for i, group in enumerate(run.groups)],
+        why_unread=why_unread,
     )
     return write(run_dir / "report.html", page)
 
@@ -123,6 +129,18 @@ def _phase_table(run: RunRecord) -> list[dict[str, Any]]:
     ]
 
 
+def _numbers(run: RunRecord) -> list[tuple[str, list[str], str, str]]:
+    """(key, first, last, least and greatest value, unit, meaning) of every number that the run records."""
+    lines = []
+    for key in measures.in_order({key for row in run.rows for key in row} - {"step", "generations"}):
+        _, values = run.series(key, against="step")
+        found = measures.measure(key) or measures.Measure("", "")
+        if values:
+            chosen = (values[0], values[-1], min(values), max(values))
+            lines.append((key, [measures.shown(value) for value in chosen], found.unit, found.words))
+    return lines
+
+
 def _flat(config: Config) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key in fields_by_name():
@@ -165,8 +183,11 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) and value.strip() == value != "" else json.dumps(value)
 
 
-def _transcript(group: Group) -> dict[str, Any]:
-    """What the page shows of a group: as many of its best attempts as of the others, where it has both."""
+def _transcript(group: Group, reads: Sequence[str]) -> dict[str, Any]:
+    """What the page shows of a group: as many of its best attempts as of the others, where it has both.
+
+    ``reads``: the teacher's prompt for each attempt, if it is known.
+    """
     judged = list(zip(group.attempts, group.verdicts, strict=True))
     best = max((v.reward for _, v in judged), default=0.0)
     top = [i for i, (_, v) in enumerate(judged) if v.reward == best]
@@ -179,5 +200,8 @@ def _transcript(group: Group) -> dict[str, Any]:
         "question": group.question,
         "count": len(judged),
         "mean_reward": sum(v.reward for _, v in judged) / max(len(judged), 1),
-        "attempts": [{"number": i + 1, "attempt": judged[i][0], "verdict": judged[i][1]} for i in chosen],
+        "attempts": [
+            {"number": i + 1, "attempt": judged[i][0], "verdict": judged[i][1], "read": reads[i] if reads else ""}
+            for i in chosen
+        ],
     }

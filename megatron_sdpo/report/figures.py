@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from megatron_sdpo.report.record import RunRecord
 from megatron_sdpo.tracking import LOSS_KEYS
@@ -28,6 +28,8 @@ PHASES = {
     "time/sync": "sync weights",
     "time/evaluate": "evaluate",
 }
+MOST_BARS = 150
+"""Of a long run several steps share one: thousands would make a page slow that nobody can read."""
 COLOURS = ("#4e79a7", "#f28e2b", "#3f9c4b", "#e15759", "#a06cb4", "#3fa5a5", "#b5835a", "#d37295")
 """Mid tones: readable on white and on near-black."""
 
@@ -77,6 +79,48 @@ PANELS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """Curves of one run that share a panel. Example: ``Diagnostic("Policy entropy", "nats", {"loss/entropy": ""})``"""
+
+    title: str
+    unit: str
+    keys: dict[str, str]
+    """Of the rows, and their names in the legend."""
+
+
+DIAGNOSTICS = (
+    Diagnostic("Policy entropy", "nats per token", {"loss/entropy": ""}),
+    Diagnostic("Gradient norm, before clipping", "", {"optim/grad_norm": ""}),
+    Diagnostic("Trainer/engine mismatch", "nats per token", {"loss/mismatch": ""}),
+    Diagnostic(
+        "Response length", "tokens", {"rollout/response_tokens": "training", "eval/response_tokens": "held-out"}
+    ),
+    Diagnostic(
+        "What the teacher reads",
+        "share of attempts",
+        {
+            "context/demonstration": "a success",
+            "context/feedback": "feedback",
+            "context/both": "both",
+            "context/none": "nothing: no target",
+            "context/dropped": "too long: no target",
+        },
+    ),
+    Diagnostic(
+        "Questions solved, responses cut",
+        "share",
+        {"verdict/solved_questions": "questions with a success", "rollout/cut_share": "responses cut"},
+    ),
+)
+
+
+def diagnostics_svg(run: RunRecord) -> str:
+    """What one looks at when a run goes wrong, for a page; "" where nothing of it is recorded."""
+    found = [d for d in DIAGNOSTICS if any(run.series(key)[0] for key in d.keys)]
+    return as_svg(lambda: _diagnostics(run, found)) if found else ""
+
+
 def curve_png(runs: Sequence[RunRecord], path: Path) -> None:
     """Write the curves as a PNG on white."""
     save_png(lambda: _figure(runs), path)
@@ -119,6 +163,27 @@ def _figure(runs: Sequence[RunRecord]) -> Figure:
     return figure
 
 
+def _diagnostics(run: RunRecord, found: Sequence[Diagnostic]) -> Figure:
+    rows = -(-len(found) // 3)
+    figure = Figure(figsize=(10.4, 2.9 * rows), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
+    axes = list(figure.subplots(rows, 3, squeeze=False).flat)
+    for ax in axes[len(found) :]:
+        ax.set_axis_off()
+    for ax, diagnostic in zip(axes, found, strict=False):
+        for (key, label), colour in zip(diagnostic.keys.items(), COLOURS, strict=False):
+            xs, ys = run.series(key)
+            if xs and (any(ys) or len(diagnostic.keys) == 1):  # what never happened only crowds the legend
+                marker = "o" if key.startswith("eval/") else ""
+                ax.plot(xs, ys, color=colour, marker=marker, markersize=3.5, label=label)
+        ax.set_title(diagnostic.title)
+        _generations(ax)
+        ax.set_ylabel(diagnostic.unit)
+        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+        if len(diagnostic.keys) > 1 and ax.get_lines():
+            ax.legend()
+    return figure
+
+
 def _curves(ax: Axes, runs: Sequence[RunRecord], panel: Panel) -> None:
     drawn = 0
     for index, run in enumerate(runs):
@@ -128,7 +193,7 @@ def _curves(ax: Axes, runs: Sequence[RunRecord], panel: Panel) -> None:
             ax.plot(xs, ys, color=colour, marker=panel.marker, markersize=4.5, label=_plain(run.name))
             drawn += 1
     ax.set_title(panel.title)
-    ax.set_xlabel("generations")
+    _generations(ax)
     if not drawn:
         _nothing(ax)
         return
@@ -142,22 +207,30 @@ def _curves(ax: Axes, runs: Sequence[RunRecord], panel: Panel) -> None:
 
 def _phases(ax: Axes, run: RunRecord) -> None:
     rows = [row for row in run.rows if any(row.get(key) for key in PHASES)]
-    steps = [int(row["step"] or 0) for row in rows]
+    pooled = -(-len(rows) // MOST_BARS)
+    parts = [rows[first : first + pooled] for first in range(0, len(rows), pooled or 1)]
+    steps = [int(part[0]["step"] or 0) + (len(part) - 1) / 2 for part in parts]
     ax.set_title("Seconds per step")
-    ax.set_xlabel("step")
+    ax.set_xlabel("step" if pooled <= 1 else f"step; a bar is the mean of {pooled}")
     if not rows:
         _nothing(ax)
         return
-    bottom = [0.0] * len(rows)
+    bottom = [0.0] * len(parts)
     for (key, name), colour in zip(PHASES.items(), COLOURS, strict=False):
-        heights = [row.get(key) or 0.0 for row in rows]
+        heights = [sum(row.get(key) or 0.0 for row in part) / len(part) for part in parts]
         if any(heights):
-            ax.bar(steps, heights, bottom=bottom, width=0.85, color=colour, label=name)
+            ax.bar(steps, heights, bottom=bottom, width=0.85 * pooled, color=colour, label=name)
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     ax.set_ylim(0, 1.3 * max(bottom))
     ax.grid(False, axis="x")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(ncols=4, loc="upper left", columnspacing=1.1, handlelength=1.0, handletextpad=0.5)
+
+
+def _generations(ax: Axes) -> None:
+    """50k instead of 50000, of which many ticks would run into each other."""
+    ax.set_xlabel("generations")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _nothing(ax: Any) -> None:

@@ -28,6 +28,7 @@ _PHASES = {
     "exchange": "gradients, optimizer",
     "sync": "weights to engines",
 }
+_FP8_ENGINES = "FP8 engines: published rollouts gain 1.1 to 1.4 times, less than the bytes read say"
 _COMPUTED = ("score_student", "score_teacher", "train")
 
 
@@ -54,6 +55,7 @@ def page(plan: Plan, nodes: int, reach: Reach, changes: Sequence[str]) -> str:
         "a step, seconds: predicted, not yet compared with a run on GPUs",
         *(f"  {words:42} {getattr(plan.time, key):8.2f}" for key, words in _PHASES.items()),
         f"  {'all' + (' (generation runs ahead)' if plan.time.staleness else ''):42} {plan.time.total:8.2f}",
+        *(["  " + _FP8_ENGINES] if config.engine.fp8 != "off" else []),
         f"  weights to engines: {plan.sync_bytes / gb:.2f} GB to each of {config.engine.count}",
         "",
     ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sdpo.config import Config, ConfigError, LayoutConfig, check
+from megatron_sdpo.fp8_format import check_engines
 from megatron_sdpo.hf_config import check_model
 from megatron_sdpo.scaling.assumed import Lengths, Reach
 from megatron_sdpo.scaling.engines import RESIDUE, EngineMemory, Sharing, engine_bytes, engine_memory
@@ -57,6 +58,7 @@ def plan(
     """ConfigError for a layout that cannot work on these nodes, whatever the memory."""
     check(config)
     check_model(config, dict(hf_config))
+    check_engines(config, hf_config)
     gpus = gpus_of(config, nodes, sharing)
     _check_gpu(config, gpu)
     ranks = [rank_memory(config, hf_config, stage) for stage in range(config.layout.pipeline_parallel)]
@@ -86,16 +88,21 @@ def gpus_of(config: Config, nodes: int, sharing: Sharing = Sharing.SEPARATE) -> 
     if gpus > there:
         raise ConfigError(
             f"{ranks} trainer ranks and {config.engine.count} engines of {config.engine.tensor_parallel} GPUs need"
-            f" {gpus} GPUs, but {nodes} nodes have {there}; set layout.world_size or engine.count lower, or --nodes"
+            f" {gpus} GPUs, but {nodes} node(s) have {there}; set layout.world_size or engine.count lower, or --nodes"
             " higher"
         )
     return gpus
 
 
-def nodes_of(config: Config) -> int:
-    """How many a run takes whose trainer ranks and engines share none, and whose engines cross none."""
-    engines = max(1, GPUS_PER_NODE // config.engine.tensor_parallel)
-    return -(-config.layout.world_size // GPUS_PER_NODE) - (-config.engine.count // engines)
+def nodes_of(config: Config, sharing: Sharing = Sharing.SEPARATE) -> int:
+    """How many a run takes: one if all fit there, else ranks and engines share none. No engine crosses nodes."""
+    ranks, count, tensor = config.layout.world_size, config.engine.count, config.engine.tensor_parallel
+    if sharing is Sharing.COLOCATED:
+        return -(-max(ranks, count * tensor) // GPUS_PER_NODE)
+    if ranks + count * tensor <= GPUS_PER_NODE:
+        return 1
+    engines = max(1, GPUS_PER_NODE // tensor)
+    return -(-ranks // GPUS_PER_NODE) - (-count // engines)
 
 
 def _check_gpu(config: Config, gpu: Gpu) -> None:
@@ -113,6 +120,11 @@ def _check_gpu(config: Config, gpu: Gpu) -> None:
         raise ConfigError(
             f"fp8 {config.fp8.kinds[0]} needs a GPU with FP8 matrix products, which {gpu.name} has not; set"
             " fp8.student=off and fp8.teacher=off, or another --gpu"
+        )
+    if gpu.fp8_tflops is None and config.engine.fp8 != "off":
+        raise ConfigError(
+            f"engine.fp8={config.engine.fp8} needs a GPU with FP8 matrix products, which {gpu.name} has not; set"
+            " engine.fp8=off, or another --gpu"
         )
 
 

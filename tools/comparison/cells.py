@@ -6,18 +6,14 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 
 import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -26,6 +22,7 @@ from comparison.analysis import Curve, Outcome
 from comparison.experiments import LAYOUT, RECIPE, Overrides
 from megatron_sdpo import config as configuration
 from megatron_sdpo.config import Config
+from megatron_sdpo.launch.side_by_side import SideBySide
 from megatron_sdpo.tracking import read_metrics
 from recipes import recipe
 
@@ -93,8 +90,7 @@ class Cells:
 
     def __init__(self, work: Path, jobs: int) -> None:
         self._work, self._jobs, self._commit = work, jobs, commit()
-        self._stopping = threading.Event()
-        self._running: set[subprocess.Popen[bytes]] = set()
+        self._commands = SideBySide()
 
     def run(self, cells: Mapping[str, Overrides]) -> dict[str, Ended]:
         """Run what is not finished yet; ``cells`` is title -> overrides.
@@ -104,7 +100,8 @@ class Cells:
         by_name = {cell_name(overrides): (title, overrides) for title, overrides in cells.items()}
         ended = {name: told for name in by_name if (told := self._ended(name)) is not None}
         failures: list[str] = []
-        with self._signals(), _progress(len(by_name), len(ended)) as progress, ThreadPoolExecutor(self._jobs) as pool:
+        bar = _progress(len(by_name), len(ended))
+        with self._commands.listening(), bar as progress, ThreadPoolExecutor(self._jobs) as pool:
             waiting = {
                 pool.submit(self._run, name, overrides): (name, title)
                 for name, (title, overrides) in by_name.items()
@@ -121,7 +118,7 @@ class Cells:
                 except Stopped:
                     continue
                 progress.advance(progress.task_ids[0])
-        if self._stopping.is_set():
+        if self._commands.stopping.is_set():
             raise Stopped("stopped; the same command continues")
         if failures:
             raise CellFailed(f"{len(failures)} of {len(cells)} cells failed; the same command tries them again")
@@ -144,8 +141,8 @@ class Cells:
         began = time.perf_counter()
         with (folder / "output.txt").open("ab") as output:
             position = output.tell()
-            code = self._wait(_command(run_dir, overrides), output.fileno())
-        if self._stopping.is_set():
+            code = self._commands.run(_command(run_dir, overrides), output.fileno(), self._environment())
+        if self._commands.stopping.is_set():
             raise Stopped
         said = (folder / "output.txt").read_bytes()[position:].decode(errors="replace")
         if code != 0 and not (code == 1 and _DIVERGED.search(said)):
@@ -164,11 +161,11 @@ class Cells:
         """A run outlives a tool that was killed outright, and holds its directory until it ends."""
         run_dir.mkdir(parents=True, exist_ok=True)
         with (run_dir / "lock").open("a") as lock:
-            while not self._stopping.is_set():
+            while not self._commands.stopping.is_set():
                 try:
                     return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    self._stopping.wait(1.0)
+                    self._commands.stopping.wait(1.0)
         raise Stopped
 
     def _forget_other_code(self, folder: Path) -> None:
@@ -177,45 +174,12 @@ class Cells:
         if began_by.exists() and began_by.read_text() != self._commit:
             shutil.rmtree(folder)
 
-    def _wait(self, command: Sequence[str], output: int) -> int:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env=self._environment(),
-            start_new_session=True,  # the terminal's Ctrl-C is this process's to pass on
-        )
-        self._running.add(process)
-        if self._stopping.is_set():  # while it was started
-            process.terminate()
-        try:
-            return process.wait()
-        finally:
-            self._running.discard(process)
-
     def _environment(self) -> dict[str, str]:
         """Byte code is kept in the work folder: where Python is told to write none, each of a run's processes compiles
         its imports anew."""
         kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
         own = {"PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(self._work.resolve() / "bytecode")}
         return {"OMP_NUM_THREADS": "1"} | kept | own
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM stop the running cells, which end by themselves and can be continued."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self._stopping.set()
-            for process in [*self._running]:
-                process.terminate()
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _command(run_dir: Path, overrides: Overrides) -> list[str]:

@@ -7,6 +7,8 @@ What is here ran on a GPU by other programs (tools/BENCHMARKS.md); this section 
 import importlib.util
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -21,23 +23,26 @@ from megatron_sdpo.mcore.learner import Learner
 from megatron_sdpo.rollout.fleet import Fleet, Share
 
 Backend = Literal["nccl", "gloo", "ipc"]
+ONE_GPU = {"NCCL_HOSTID": "trainer", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
+"""NCCL refuses two processes on one GPU of one host, but takes a process's word for its host: then it goes through
+sockets, which says nothing of its speed, but shows its group, its buckets and their order to be right."""
 APART = {"off": 0.5, "blockwise": 1.0}
 """Log-probs of a probe of random tokens, between two implementations in bf16 or of block FP8."""
 
 
 def engines() -> list[Finding]:
-    """On the trainer's device by CUDA IPC and gloo; on the next GPU, where there is one, by NCCL."""
+    """On the trainer's device by CUDA IPC, gloo and NCCL; where there is a next GPU, by NCCL to that one."""
     if importlib.util.find_spec("sglang") is None:
         return [Finding("SGLang is not installed here", "nothing was tried")]
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+    gpus = torch.cuda.device_count()
+    here: tuple[Backend, ...] = ("ipc", "gloo", "nccl") if gpus == 1 else ("ipc", "gloo")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name, _told(ONE_GPU if gpus == 1 else {}):
         model = write_model(Path(name) / "model", qwen3(**SMALL))
         findings = []
         for fp8 in ("off", "blockwise"):
-            findings += served(Path(name) / fp8, model, fp8, ("ipc", "gloo"))
-            if torch.cuda.device_count() > 1:  # not yet run on two GPUs
+            findings += served(Path(name) / fp8, model, fp8, here)
+            if gpus > 1:  # not yet run on two GPUs
                 findings += served(Path(name) / f"{fp8}-next", model, fp8, ("nccl",), gpu=1)
-    if torch.cuda.device_count() < 2:
-        findings.append(Finding("NCCL to an engine", "not tried: it wants a second GPU"))
     return findings
 
 
@@ -55,10 +60,25 @@ def served(folder: Path, model: Path, fp8: str, backends: tuple[Backend, ...], g
     run_dir.prepare(config)
     learner = Learner(config, groups_of_one())
     findings = []
-    with Fleet(config, folder, run_dir.token(), Share(range(1), config.engine.host, first_gpu=gpu)):
+    with ExitStack() as stack:
+        with _told({"NCCL_HOSTID": "engine"} if "nccl" in backends and shared else {}):
+            share = Share(range(1), config.engine.host, first_gpu=gpu)
+            stack.enter_context(Fleet(config, folder, run_dir.token(), share))
         for version, backend in enumerate(backends, 1):
             findings += _published(config, learner, run_dir, backend, version)
     return findings
+
+
+@contextmanager
+def _told(variables: dict[str, str]) -> Iterator[None]:
+    """The environment that this process, and what it starts, has meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 def _published(config: Config, learner: Learner, run_dir: RunDir, backend: Backend, version: int) -> list[Finding]:
