@@ -39,7 +39,7 @@ def test_what_is_written_is_described_and_the_other_way_round() -> None:
 
 def test_every_family_of_keys_is_known() -> None:
     """A key of a new family would escape the comparison above: the trainer's row is made of these parts."""
-    assert {"rollout", "verdict", "context", "loss", "optim", "sync", "time", "perf", "eval", "precision"} == {
+    assert {"rollout", "verdict", "context", "loss", "optim", "sync", "time", "flops", "perf", "eval", "precision"} == {
         *FAMILIES
     }
 

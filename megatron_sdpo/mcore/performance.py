@@ -20,15 +20,17 @@ def performance(
 
     ``perf/tokens_per_s`` of the whole trainer; ``perf/tflops_per_rank``, model TFLOP/s; ``perf/mfu``, its share of the
     GPU's dense bf16 peak, only where that is known; ``perf/memory_gb``, the most that this rank has held so far: of
-    the GPU's memory in tensors, without a GPU of the process; ``flops/PHASE``, model FLOPs of the whole batch in the
+    the GPU's memory in tensors, without a GPU of the process; ``flops/...``, model FLOPs of the whole batch in the
     passes and in generation.
     """
     busy = max(sum(seconds[phase] for phase in PASSES), 1e-9)
     spent = pass_flops(hf_config, batch.samples, config.objective)
     tflops = sum(spent.values()) / busy / world_size / 1e12
-    spent["generate"] = generation_flops(hf_config, batch.samples)
     found = {
-        **{f"flops/{phase}": float(count) for phase, count in spent.items()},
+        "flops/generate": float(generation_flops(hf_config, batch.samples)),
+        "flops/score_student": float(spent["score_student"]),
+        "flops/score_teacher": float(spent["score_teacher"]),
+        "flops/train": float(spent["train"]),
         "perf/tokens_per_s": batch_tokens(batch.samples, config.objective) / busy,
         "perf/tflops_per_rank": tflops,
         "perf/memory_gb": _memory_gb(),
