@@ -75,6 +75,7 @@ FORM = [
     (r"\boxed{ $$ }", EMPTY),
     (r"\boxed{" + "1" * (LONGEST_ANSWER + 1) + "}", TOO_LONG),
     (r"<think>\boxed{1/3}</think>It is a third.", NO_BOX),
+    (r"<think>\boxed{2}</think><think>Or is it \boxed{1/3}, or", NO_BOX),
 ]
 
 

@@ -115,6 +115,7 @@ def changed(**arguments: Any) -> list[tuple[str, Any]]:
 F = 'Call 1 ("findDogs")'
 WRONG = [
     (0, "I would look for dogs.", [NO_CALL]),
+    (0, f"<think>{as_response([FIND])}\nOr", [NO_CALL]),
     (
         0,
         as_response([("findDog", FIND[1])]),
