@@ -129,6 +129,23 @@ def test_the_manifest_says_what_the_checkpoint_is(folder: Path, two: Path) -> No
     assert sorted(found.files) == sorted(p.name for p in (two / "step-00000002").iterdir() if p.name != manifest.FILE)
 
 
+def test_a_manifest_that_says_something_else_is_found(two: Path, tmp_path: Path) -> None:
+    """Still JSON, and all files as they were."""
+    shutil.copytree(two / "step-00000002", tmp_path / "step-00000002")
+    file = tmp_path / "step-00000002" / manifest.FILE
+    file.write_text(file.read_text().replace('"cursor": 6', '"cursor": 7'))
+    with pytest.raises(checkpoint.CheckpointError, match=r"manifest\.json is not as it was written \(its digest"):
+        checkpoint.check_intact(tmp_path / "step-00000002")
+
+
+@pytest.mark.parametrize(("at_most", "step"), [(2, 2), (1, 1), (0, None)])
+def test_a_run_is_looked_at_as_it_was_at_a_step(
+    folder: Path, groups: ParallelGroups, two: Path, at_most: int, step: int | None
+) -> None:
+    resumed = checkpoint.load_latest(new_learner(folder, groups), two, at_most=at_most)
+    assert (resumed and resumed.step) == step
+
+
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
