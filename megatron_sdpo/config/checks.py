@@ -131,6 +131,8 @@ def check(config: Config) -> None:
         )
     _check_objective(config.objective)
     _check_teacher_context(config.teacher_context)
+    if config.objective.has_teacher:
+        _check_somebody_teaches(config)
     _check_guard(config)
     if config.spikes.factor <= 1.0:
         raise ConfigError(f"spikes.factor is {config.spikes.factor:g}; it multiplies a usual norm, set it above 1")
@@ -274,6 +276,11 @@ def _check_objective(objective: ObjectiveConfig) -> None:
             f"objective.credit={objective.credit} cannot be had at objective.support={objective.support};"
             f" set objective.support={support}"
         )
+    if objective.support == "top_k" and objective.kept_tokens == 1 and not objective.tail:
+        raise ConfigError(
+            "objective.tail=false renormalises the kept tokens, of which there is one: student and teacher then always"
+            " agree; set objective.tail=true, or objective.top_k to 2 or more"
+        )
     if objective.kl_coefficient and not objective.compares_rewards:
         raise ConfigError(
             f"objective.kl_coefficient is part of GRPO's loss, which kind {objective.kind} has not;"
@@ -308,6 +315,18 @@ def _check_teacher_context(context: TeacherContextConfig) -> None:
         raise ConfigError(
             f"teacher_context.too_long={context.too_long} cuts a section that is never shown; set"
             " teacher_context.too_long to shorten or drop"
+        )
+
+
+def _check_somebody_teaches(config: Config) -> None:
+    """Refuse a run in which no attempt could ever have a teacher context."""
+    context = config.teacher_context
+    alone = config.rollout.attempts_per_prompt == 1 and context.exclude_own_success
+    if context.feedback == "never" and (alone or not context.demonstrations):
+        why = "its one attempt has no sibling" if alone else "teacher_context.demonstrations=false shows no solution"
+        raise ConfigError(
+            f"with teacher_context.feedback=never the teacher reads no feedback, and {why}: it would know no more than"
+            " the student; set teacher_context.feedback=without_solution"
         )
 
 
