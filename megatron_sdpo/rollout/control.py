@@ -74,6 +74,23 @@ class EngineControl:
             return False
         return False
 
+    def answers(self) -> bool:
+        """Whether an HTTP server answers at the address, whatever it says; engines and routers."""
+        try:
+            self._call("GET", "/readiness")
+        except EngineError as error:
+            return error.status is not None
+        return True
+
+    def load(self) -> dict[str, Any]:
+        """num_running_reqs, num_waiting_reqs ... as the scheduler last noted them; the HTTP server says it alone."""
+        loads = self._call("GET", "/v1/loads")["loads"]
+        return loads[0] if loads else {}
+
+    def scheduler_state(self) -> dict[str, Any]:
+        """What the scheduler says of itself, between two batches; one that is paused or without memory does too."""
+        return self._call("GET", "/server_info")["internal_states"][0]
+
     def model_info(self) -> dict[str, Any]:
         """SGLang's description of the served model: model_path, weight_version, architectures ..."""
         return self._call("GET", "/model_info")
