@@ -74,6 +74,16 @@ class EngineControl:
             return False
         return False
 
+    def is_lost(self, timeout_s: float = 10.0) -> bool:
+        """Whether it is gone, or its scheduler does not answer in time: to be asked when it has nothing to wait for."""
+        if self.is_gone():
+            return True
+        try:
+            self.scheduler_state(timeout_s)
+        except EngineError:
+            return True
+        return False
+
     def answers(self) -> bool:
         """Whether an HTTP server answers at the address, whatever it says; engines and routers."""
         try:
@@ -87,9 +97,9 @@ class EngineControl:
         loads = self._call("GET", "/v1/loads")["loads"]
         return loads[0] if loads else {}
 
-    def scheduler_state(self) -> dict[str, Any]:
+    def scheduler_state(self, timeout_s: float | None = None) -> dict[str, Any]:
         """What the scheduler says of itself, between two batches; one that is paused or without memory does too."""
-        return self._call("GET", "/server_info")["internal_states"][0]
+        return self._call("GET", "/server_info", timeout_s=timeout_s)["internal_states"][0]
 
     def model_info(self) -> dict[str, Any]:
         """SGLang's description of the served model: model_path, weight_version, architectures ..."""

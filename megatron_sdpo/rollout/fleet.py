@@ -210,17 +210,30 @@ class Fleet:
     def tend(self) -> tuple[Ended, ...]:
         """Replace engines that have ended, or hang, while others serve; the ends that cannot be made good.
 
-        Call it again and again; it returns at once. Who hangs (liveness.py) is killed, and has ended. A new engine, at
-        another port, is told to the trainer as soon as it answers; the router learns of it when the trainer has
-        confirmed that it serves a version.
+        Call it again and again; it returns at once. Who hangs (liveness.py), or was left out by the trainer, is killed
+        and so has ended. A new engine, at another port, is told to the trainer as soon as it answers; the router learns
+        of it when the trainer has confirmed that it serves a version.
         """
-        for name, words in self._liveness.hung().items():
+        for name, words in (self._left_out() | self._liveness.hung()).items():
             self._kill(name, words)
         lost = tuple(self._explained(ended) for ended in self.dead() if not self._replace(ended))
         for running in self._running:
             if running.address.name in self._joining:
                 self._help_to_join(running, self._joining[running.address.name])
         return lost
+
+    def _left_out(self) -> dict[str, str]:
+        """Who runs, but has not got a version that others have."""
+        confirmed = None if self._alone else read_confirmed(self._run_dir)
+        if confirmed is None:
+            return {}
+        behind = [
+            running.address.name
+            for running in self._running
+            if running.address.url not in confirmed.urls and running.process.poll() is None
+        ]
+        words = f"the trainer could not send it version {confirmed.stamp}, which others serve"
+        return {name: words for name in behind if name != ROUTER and name not in self._joining}
 
     def _kill(self, name: str, words: str) -> None:
         """With all its processes: one that is stopped does not hear anything else."""

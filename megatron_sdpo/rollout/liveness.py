@@ -130,12 +130,13 @@ class _Watched:
 
     def _look_for_stopped(self, passed: float, is_publishing: bool) -> None:
         """Only where nothing else tells: a list of processes is not for nothing."""
-        self._since_listed += passed
         if not is_publishing:
-            self._stopped_s, self._stopped = 0.0, []
-        elif self._since_listed >= self._tick_s:
-            self._stopped = stopped_processes(self._leader)
-            self._stopped_s = self._stopped_s + self._since_listed if self._stopped else 0.0
+            self._stopped, self._stopped_s, self._since_listed = [], 0.0, 0.0
+            return
+        self._since_listed += passed
+        if self._since_listed >= self._tick_s:
+            before, self._stopped = self._stopped, stopped_processes(self._leader)
+            self._stopped_s = self._stopped_s + self._since_listed if before and self._stopped else 0.0
             self._since_listed = 0.0
 
     def _words(self, wrong: str, is_publishing: bool) -> str:
