@@ -45,7 +45,7 @@ def end(run: subprocess.Popen[bytes]) -> None:
 @pytest.mark.timeout(900)
 def test_a_rank_that_is_stopped_in_a_trial_ends_the_discovery(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    run = start(run_dir, "tp2", f"ranks.timeout_s={BOUND_S}", "discovery.methods=[sdpo]")
+    run = start(run_dir, "tp2", f"ranks.timeout_s={BOUND_S}", 'discovery.methods=["sdpo"]')
     try:
         until(lambda: len(journalled(run_dir, "sdpo")) >= 1, run, run_dir)
         processes = psutil.Process(run.pid).children(recursive=True)
@@ -71,7 +71,7 @@ def test_an_engine_that_hangs_while_baselines_are_made_is_replaced_and_serves_in
     """Nothing is published meanwhile, but for it."""
     run_dir = tmp_path / "run"
     more = ("engine.count=2", f"engine.hang_timeout_s={BOUND_S}", "discovery.best_of_k_samples=200000")
-    run = start(run_dir, "tp1", *more, "discovery.methods=[best_of_k]")
+    run = start(run_dir, "tp1", *more, 'discovery.methods=["best_of_k"]')
     try:
         until(lambda: sum(map(len, journalled(run_dir, "best_of_k").values())) > 0, run, run_dir)
         address = read_address(run_dir, "engine-1")

@@ -20,7 +20,7 @@ from tests.conftest import TOKEN, Engine, engine_config
 from tests.launch import ROOT
 from tests.test_end_to_end import assert_gone
 from tests.test_fleet import wait_until
-from tests.test_liveness import scheduler_of
+from tests.test_liveness import PATIENCE_S, scheduler_of
 
 BOUND_S = 15.0
 
@@ -46,9 +46,10 @@ async def ask(fleet: Fleet, prompts: int, tokens: int) -> list[Generated]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_engines_alone_are_replaced_and_nothing_asked_is_lost_until_one_cannot_be(
-    engine: Engine, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    engine: Engine, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of two hangs with requests in hand, is replaced, and serves again; then the router, of which there is one."""
+    """One of two hangs with requests in hand, is replaced, and serves again; then it hangs once too often, and so does the
+    router, of which there is one."""
     config = engine_config(tmp_path, engine.checkpoint, count=2, hang_timeout_s=BOUND_S)
     with Fleet(config, tmp_path, TOKEN, alone=True) as fleet:
 
@@ -76,14 +77,18 @@ def test_engines_alone_are_replaced_and_nothing_asked_is_lost_until_one_cannot_b
         before = (tmp_path / "logs" / "engine-1.log").read_text().count("Prefill batch")
         assert len(asyncio.run(ask(fleet, prompts=8, tokens=16))) == 16
         assert (tmp_path / "logs" / "engine-1.log").read_text().count("Prefill batch") > before
+
+        monkeypatch.setattr("megatron_sdpo.rollout.fleet.MOST_RESTARTS", 1)
+        os.kill(scheduler_of(fleet.process_ids()["engine-1"]), signal.SIGSTOP)
         os.killpg(fleet.process_ids()["router"], signal.SIGSTOP)
-
-        async def for_ever() -> None:
-            await asyncio.sleep(3600)
-
-        with pytest.raises(RoleDied, match=r"^router was ended by SIGKILL; all was stopped") as caught:
-            asyncio.run(while_engines_last(fleet, for_ever(), "all was stopped"))
-        assert "it hung: its HTTP server has not answered for 15 s (engine.hang_timeout_s)" in str(caught.value)
+        with pytest.raises(RoleDied, match=r"^(engine-1|router) was ended by SIGKILL; all was stopped"):
+            asyncio.run(while_engines_last(fleet, asyncio.sleep(3600), "all was stopped"))
+        wait_until(lambda: len(fleet.tend()) == 2, PATIENCE_S)
+        lost = {ended.name: ended.log_tail.splitlines() for ended in fleet.tend()}
+        hung = f"has not answered for {BOUND_S:g} s (engine.hang_timeout_s)"
+        assert lost["router"][0].startswith(f"it hung: its HTTP server {hung}")
+        assert lost["engine-1"][0].startswith(f"it hung: its scheduler {hung}")
+        assert lost["engine-1"][1] == "it had been replaced already, as often as an engine is in a run: 1 times"
 
 
 @pytest.mark.slow

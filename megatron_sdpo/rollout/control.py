@@ -79,7 +79,7 @@ class EngineControl:
         if self.is_gone():
             return True
         try:
-            self.scheduler_state(timeout_s)
+            self.ask_scheduler(timeout_s)
         except EngineError:
             return True
         return False
@@ -97,9 +97,14 @@ class EngineControl:
         loads = self._call("GET", "/v1/loads")["loads"]
         return loads[0] if loads else {}
 
-    def scheduler_state(self, timeout_s: float | None = None) -> dict[str, Any]:
-        """What the scheduler says of itself, between two batches; one that is paused or without memory does too."""
-        return self._call("GET", "/server_info", timeout_s=timeout_s)["internal_states"][0]
+    def ask_scheduler(self, timeout_s: float | None = None) -> None:
+        """Wait until the scheduler answers, between two batches; one that is paused or without memory does too."""
+        try:
+            self._call("GET", "/server_info", timeout_s=timeout_s)
+        except EngineError as error:
+            if error.status != 404:
+                raise
+            self._call("GET", "/get_server_info", timeout_s=timeout_s)  # its name in earlier releases
 
     def model_info(self) -> dict[str, Any]:
         """SGLang's description of the served model: model_path, weight_version, architectures ..."""

@@ -252,7 +252,7 @@ class Fleet:
         """With what is known besides the log."""
         known = [f"it hung: {self._hung[ended.name]}"] if ended.name in self._hung else []
         if self._restarts[ended.name] == MOST_RESTARTS:
-            known.append(f"it had been replaced {MOST_RESTARTS} times, and is not replaced again")
+            known.append(f"it had been replaced already, as often as an engine is in a run: {MOST_RESTARTS} times")
         return replace(ended, log_tail="\n".join([*known, ended.log_tail]))
 
     def _replace(self, ended: Ended) -> bool:

@@ -162,7 +162,7 @@ class _Watched:
 
     def _ask_scheduler(self) -> bool:
         try:
-            self._control.scheduler_state()
+            self._control.ask_scheduler()
         except EngineError:
             return False
         return True
