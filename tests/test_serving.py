@@ -48,7 +48,7 @@ async def ask(fleet: Fleet, prompts: int, tokens: int) -> list[Generated]:
 def test_engines_alone_are_replaced_and_nothing_asked_is_lost_until_one_cannot_be(
     engine: Engine, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of two hangs with requests in hand, is replaced, and serves again; then it hangs once too often, and so does the
+    """One of two hangs with requests in hand, is replaced, and serves again; then it hangs too often, and so does the
     router, of which there is one."""
     config = engine_config(tmp_path, engine.checkpoint, count=2, hang_timeout_s=BOUND_S)
     with Fleet(config, tmp_path, TOKEN, alone=True) as fleet:
