@@ -116,12 +116,13 @@ class _Watched:
         self._server.look(passed)
         self._look_for_stopped(passed, is_publishing)
         bound = f"{self._timeout_s:g} s (engine.hang_timeout_s)"
-        if self._server.silent_s > self._timeout_s:
-            return self._words(f"its HTTP server has not answered for {bound}", is_publishing)
-        if self._scheduler is None:
-            return None
-        self._scheduler.look(passed, is_excused=is_publishing)
-        if self._scheduler.silent_s > self._timeout_s:
+        if self._scheduler is not None:
+            self._scheduler.look(passed, is_excused=is_publishing)
+        scheduler_s = 0.0 if self._scheduler is None else self._scheduler.silent_s
+        if max(self._server.silent_s, scheduler_s) > self._timeout_s:
+            # Of a process that stands still as a whole, the scheduler's last answer may be the earlier one.
+            if self._server.silent_s > self._timeout_s / 2:
+                return self._words(f"its HTTP server has not answered for {bound}", is_publishing)
             words = f"its scheduler has not answered for {bound}, though its HTTP server does"
             return self._words(words, is_publishing)
         if self._stopped_s > self._timeout_s:
