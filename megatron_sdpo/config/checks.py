@@ -42,6 +42,7 @@ _AT_LEAST = {
 _ABOVE_0 = (
     *("sandbox.limits.cpu_s", "sandbox.limits.wall_s"),
     *("rollout.temperature", "engine.start_timeout_s", "engine.request_timeout_s", "publish.timeout_s", "optim.eps"),
+    "engine.hang_timeout_s",
     *("publish.probe_tolerance", "objective.policy_drift_clip", "objective.engine_mismatch_cap"),
     *("objective.stop_at_saturation", "objective.advantage_clip", "ranks.timeout_s", "ranks.slow_share"),
     "evaluation.top_p",
@@ -102,6 +103,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"checkpoint.keep_every {checkpoint.keep_every} is not a multiple of checkpoint.every {checkpoint.every},"
             f" so hardly any checkpoint would be kept; set it to {checkpoint.every} or a multiple"
+        )
+    if engine.count > 1 and engine.hang_timeout_s >= config.publish.timeout_s:
+        raise ConfigError(
+            f"engine.hang_timeout_s is {engine.hang_timeout_s:g}: an engine that hangs while it is sent weights would"
+            f" end the run before it is replaced; set it below publish.timeout_s {config.publish.timeout_s:g}"
         )
     if engine.max_total_tokens is not None and engine.max_total_tokens < config.model.max_length:
         raise ConfigError(
