@@ -24,6 +24,10 @@ from megatron_sdpo.types import Message
 
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 """Characters without a meaning of their own, of which one that no message has marks a place in them."""
+_TURN = chr(_PRIVATE_USE[0])
+_NOW = datetime(2024, 7, 26)
+"""What a template that asks for the time is told, always: a prompt is a function of its messages, so a run that is
+resumed, or goes on over midnight, keeps its prompts. Llama 3's templates name this day where there is no clock."""
 
 
 class Chat:
@@ -57,7 +61,7 @@ class Chat:
         self._template = _compile(_template_text(folder, settings), folder)
         self.eos_id = self._special_id("eos_token")
         self.pad_id = self._special_id("pad_token") if "pad_token" in self._variables else self.eos_id
-        self._spelled_special = _spelled_special(self._tokenizer)
+        self._spelled_special = _spelled_special(self._tokenizer, self._between_turns())
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -68,9 +72,9 @@ class Chat:
         return self._render([m.role for m in messages], [m.content for m in messages])
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The token ids of ``render(messages)``. Only the template makes special tokens.
+        """The token ids of ``render(messages)``. Only the template makes special tokens, and those that part turns.
 
-        A message may hold what a model or a verifier wrote. Where it spells a special token (``<|im_end|>``)
+        A message may hold what a model or a verifier wrote. Where it spells such a token (``<|im_end|>``)
         the text is cut after the first character of that spelling, and the parts are encoded each by itself.
         """
         roles, contents = [m.role for m in messages], [m.content for m in messages]
@@ -104,6 +108,15 @@ class Chat:
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template of {self._folder} refuses these messages: {error}") from error
 
+    def _between_turns(self) -> str:
+        """What the template writes around messages, "" when it refuses these. The header of the answer, in which
+        thinking may be opened, is not among it."""
+        try:
+            told = self._render(["user", "assistant", "user"], [_TURN] * 3)
+        except ConfigError:
+            return ""
+        return told.rpartition(_TURN)[0].replace(_TURN, "\n")
+
     def _special_id(self, name: str) -> int:
         token = self._variables.get(name)
         if not isinstance(token, str):
@@ -114,9 +127,13 @@ class Chat:
         return id
 
 
-def _spelled_special(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Matches the first character of each special token's text, overlapping ones too."""
-    spelled = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special and len(t.content) > 1]
+def _spelled_special(tokenizer: Tokenizer, between_turns: str) -> re.Pattern[str] | None:
+    """Matches the first character of each special token's text, overlapping ones too.
+
+    Some tokenizers do not call the tokens special that say whose turn it is: DeepSeek-R1's distilled models.
+    """
+    added = [t for t in tokenizer.get_added_tokens_decoder().values() if len(t.content) > 1]
+    spelled = [t.content for t in added if t.special or t.content in between_turns]
     return re.compile(f"(?={'|'.join(map(re.escape, spelled))})(.)", re.DOTALL) if spelled else None
 
 
@@ -203,7 +220,7 @@ def _compile(template: str, folder: Path) -> jinja2.Template:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = _NOW.strftime
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:

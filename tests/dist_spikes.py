@@ -9,6 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_sdpo.config import LayoutConfig
+from megatron_sdpo.mcore import finite
 from megatron_sdpo.mcore import optimizer as optim
 from megatron_sdpo.mcore.finite import SpikeError
 from megatron_sdpo.mcore.groups import ParallelGroups
@@ -86,6 +87,8 @@ def stopped(learner, step: int) -> str:
 
 def run_cases(folder: Path, groups: ParallelGroups, layout: LayoutConfig) -> dict[str, str]:
     check_step_is_megatrons(folder, groups, layout)
+    # Should ranks find other norms, all judge the largest.
+    assert finite.check_step(make_batch(0), [0], [], [], 1.0 + groups.rank, groups) == groups.world_size
     found = skip_and_stop(folder, groups, layout)
     everywhere: list[dict[str, str]] = [{}] * groups.world_size
     dist.all_gather_object(everywhere, found, group=groups.world)

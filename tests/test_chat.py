@@ -51,14 +51,23 @@ QWEN_LIKE = """\
 """
 LLAMA_LIKE = """\
 {{- bos_token }}
-{%- if strftime_now is defined and not date is defined %}{%- set date = strftime_now("%Y") %}{%- endif %}
+{%- if strftime_now is defined and not date is defined %}{%- set date = strftime_now("%Y") | length %}{%- endif %}
 {%- if tools is not none %}{{ raise_exception("no tools") }}{% endif %}
-{{- "Year: " + date + " " + ({"a": "<&>é"} | tojson) }}
+{{- "Digits: " + date | string + " " + ({"a": "<&>é"} | tojson) }}
 {%- for message in messages %}
     {%- if message['role'] not in ['user', 'system', 'assistant'] %}{{ raise_exception('unknown role') }}{% endif %}
     {%- generation %}{{- message['role'] + '\\n\\n' + message['content'] | trim + eos_token }}{% endgeneration %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- 'assistant\\n\\n' }}{%- endif %}
+"""
+DEEPSEEK_LIKE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message.role == "system" %}{{- message.content }}
+    {%- elif message.role == "user" %}{{- '<|User|>' + message.content }}
+    {%- else %}{{- '<|Assistant|>' + message.content.split('</think>')[-1] + eos_token }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|Assistant|><think>\\n' }}{%- endif %}
 """
 CHATS = [
     (Message("user", "keep over 12, sort"),),
@@ -68,7 +77,8 @@ CHATS = [
 ]
 
 
-def _byte_level(folder: Path, template: str, in_config: bool, **settings: object) -> Path:
+def _byte_level(folder: Path, template: str, in_config: bool, turns: Sequence[str] = (), **settings: object) -> Path:
+    """``turns``: tokens that the tokenizer does not call special."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
@@ -81,6 +91,7 @@ def _byte_level(folder: Path, template: str, in_config: bool, **settings: object
     )
     tokenizer.train_from_iterator([f"compute {i} plus {i} of the user assistant" for i in range(50)], trainer)
     tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    tokenizer.add_tokens([AddedToken(turn, normalized=False) for turn in turns])
     tokenizer.enable_truncation(5)  # as some saved files have it; must have no effect
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -105,6 +116,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "minipipe": MINIPIPE,
         "qwen": _byte_level(base / "qwen", QWEN_LIKE, True, **named),
         "llama": _byte_level(base / "llama", LLAMA_LIKE, False, **llama),
+        "deepseek": _byte_level(base / "deepseek", DEEPSEEK_LIKE, True, ("<|User|>", "<|Assistant|>"), **llama),
     }
 
 
@@ -118,7 +130,7 @@ def _transformers_ids(folder: Path, messages: Sequence[Message], thinking: bool)
 
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("messages", CHATS)
-@pytest.mark.parametrize("name", ["minipipe", "qwen", "llama"])
+@pytest.mark.parametrize("name", ["minipipe", "qwen", "llama", "deepseek"])
 def test_prompts_are_those_of_transformers(
     folders: dict[str, Path], name: str, messages: tuple[Message, ...], thinking: bool
 ) -> None:
@@ -131,6 +143,7 @@ SPELLED = {
     "minipipe": ["<eos>", "<pad>"],
     "qwen": ["<|im_end|>", "<|im_start|>", "<|endoftext|>"],
     "llama": ["<|im_end|>", "<|im_start|>", "<|endoftext|>"],
+    "deepseek": ["<|im_end|>", "<|endoftext|>", "<|User|>", "<|Assistant|>"],
 }
 
 
@@ -152,6 +165,13 @@ def test_text_never_becomes_a_special_token(
         return [id for id in ids if id in special]
 
     assert frame(prompt(content)) == frame(prompt("x"))
+
+
+def test_a_prompt_is_the_same_at_any_time(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Llama 3's templates write the day: what a run asks must not change with it, nor between student and teacher."""
+    folder = shutil.copytree(folders["llama"], tmp_path / "dated")
+    (folder / "chat_template.jinja").write_text('{{ strftime_now("%d %b %Y %H:%M:%S.%f") }}')
+    assert Chat(folder).render(CHATS[0]) == "26 Jul 2024 00:00:00.000000"
 
 
 def test_a_spelled_special_token_is_still_read_as_its_characters(folders: dict[str, Path]) -> None:

@@ -1,15 +1,18 @@
 """Files that are written beside training, that rot, and that are kept or not."""
 
+import mmap
 import multiprocessing
 import os
 import shutil
 import signal
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from megatron_sdpo.config import CheckpointConfig
 from megatron_sdpo.launch.run_dir import RunDir
@@ -46,11 +49,34 @@ def copied(state: Any) -> Any:
     return state.detach().clone() if torch.is_tensor(state) else state
 
 
+def lock_pages(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with CUDA: a fork shares page-locked memory, and who gives it back finds something else there."""
+
+    def copied_from_device(write_buckets: list[Any], non_blocking: bool) -> list[Any]:
+        return [(path, key, (data, [(i, locked(x)) for i, x in pairs])) for path, key, (data, pairs) in write_buckets]
+
+    def locked(x: torch.Tensor) -> torch.Tensor:
+        if x.is_shared():
+            return x
+        memory = mmap.mmap(-1, x.nbytes)
+        copy = torch.frombuffer(memory, dtype=torch.uint8).view(x.dtype).view(x.shape).copy_(x)
+        weakref.finalize(copy, memory.__setitem__, slice(None), b"?" * x.nbytes)
+        return copy
+
+    for tensor in learner.teacher.tensors:  # as teacher.placement=offloaded has it
+        tensor.share_memory_()
+    monkeypatch.setattr(torch.Tensor, "is_pinned", torch.Tensor.is_shared)
+    monkeypatch.setattr(FileSystemWriterAsync, "preload_tensors", staticmethod(copied_from_device))
+
+
+@pytest.mark.parametrize("page_locked", [False, True])
 def test_what_is_written_beside_training_is_what_it_was_at_the_start(
-    folder: Path, groups: ParallelGroups, tmp_path: Path
+    folder: Path, groups: ParallelGroups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page_locked: bool
 ) -> None:
     """The writer is held until training has changed every tensor."""
     learner = new_learner(folder, groups)
+    if page_locked:
+        lock_pages(learner, monkeypatch)
     learn(learner, make_batch(0))
     before = copied(state_of(learner))
     saver = checkpoint.Saver(learner, tmp_path, CheckpointConfig(keep=1))
@@ -101,6 +127,23 @@ def test_the_manifest_says_what_the_checkpoint_is(folder: Path, two: Path) -> No
     other = make_config(folder / "llama", ("optim.lr=0.5",))
     assert found.facts["config"] != manifest.digest_of_json({"name": other.name})
     assert sorted(found.files) == sorted(p.name for p in (two / "step-00000002").iterdir() if p.name != manifest.FILE)
+
+
+def test_a_manifest_that_says_something_else_is_found(two: Path, tmp_path: Path) -> None:
+    """Still JSON, and all files as they were."""
+    shutil.copytree(two / "step-00000002", tmp_path / "step-00000002")
+    file = tmp_path / "step-00000002" / manifest.FILE
+    file.write_text(file.read_text().replace('"cursor": 6', '"cursor": 7'))
+    with pytest.raises(checkpoint.CheckpointError, match=r"manifest\.json is not as it was written \(its digest"):
+        checkpoint.check_intact(tmp_path / "step-00000002")
+
+
+@pytest.mark.parametrize(("at_most", "step"), [(2, 2), (1, 1), (0, None)])
+def test_a_run_is_looked_at_as_it_was_at_a_step(
+    folder: Path, groups: ParallelGroups, two: Path, at_most: int, step: int | None
+) -> None:
+    resumed = checkpoint.load_latest(new_learner(folder, groups), two, at_most=at_most)
+    assert (resumed and resumed.step) == step
 
 
 def truncate(path: Path) -> None:

@@ -15,6 +15,7 @@ from megatron_sdpo.discovery import Trials, discover, first_version
 from megatron_sdpo.discovery.baselines import Memory
 from megatron_sdpo.discovery.progress import Console, trial_words
 from megatron_sdpo.discovery.record import Exchange, Trial, TrialFiles, TrialId, planned
+from megatron_sdpo.phases import Phases
 from megatron_sdpo.rollout.client import EngineClient
 from megatron_sdpo.rollout.journal import JournalError
 from megatron_sdpo.rollout.sampler import Sampler
@@ -328,6 +329,19 @@ def test_more_seeds_leave_the_numbers_of_earlier_trials() -> None:
     assert [b - a for a, b in itertools.pairwise(versions)] == [CONFIG.steps] * 9
 
 
+class Followed:
+    """The phases that were begun (phases.Follower)."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, str]] = []
+
+    def began(self, step: int, name: str) -> None:
+        self.seen.append((step, name))
+
+    def ended(self, step: int, name: str) -> None:
+        pass
+
+
 class Ranks:
     """Source, learner and publisher in one, which keep the order in which they are called."""
 
@@ -335,6 +349,10 @@ class Ranks:
         self.batches, self.waits, self.called = batches, [False, False, True], list[str]()
         self.next = iter([*batches, None])
         self.sent: list[int] = []
+        self.newcomers = [False, False]
+
+    def has_newcomers(self) -> bool:
+        return self.newcomers.pop(0)
 
     def baselines(self) -> bool:
         self.called.append("baselines")
@@ -380,7 +398,8 @@ class Ranks:
 
 def test_ranks_begin_each_trial_at_the_base_and_versions_only_grow() -> None:
     ranks: Any = Ranks({1: 2, 4: 0, 7: 1})
-    discover(ranks, cast(Any, ranks), cast(Any, ranks))
+    followed = Followed()
+    discover(ranks, cast(Any, ranks), cast(Any, ranks), Phases([followed]))
     assert ranks.called == [
         *("publish 0", "baselines", "baselines", "baselines"),
         *("reset", "publish 1", "batch 1", "release", "train 1", "teach", "trained", "publish 2", "batch 2"),
@@ -389,6 +408,18 @@ def test_ranks_begin_each_trial_at_the_base_and_versions_only_grow() -> None:
         *("reset", "publish 7", "batch 7", "release", "train 7", "teach", "trained", "publish 8", "batch 8"),
     ]
     assert ranks.sent == sorted(set(ranks.sent))
+    waits = [(step, name) for step, name in followed.seen if name == "wait"]
+    assert waits == [(step, "wait") for step in (0, 0, 0, 0, 1, 2, 3, 3, 4, 4, 7, 8, 8)]
+    names = ("sync", "reset", "release", "score_student", "score_teacher", "train")
+    assert [name for step, name in followed.seen if step == 7 and name != "wait"] == [*("reset", "sync"), *names[2:]]
+    assert {name for _, name in followed.seen} == {"wait", *names}  # a watchdog bounds all but the waiting
+
+
+def test_an_engine_that_comes_while_baselines_are_made_gets_the_base_weights() -> None:
+    ranks: Any = Ranks({1: 0})
+    ranks.newcomers = [True, False]
+    discover(ranks, cast(Any, ranks), cast(Any, ranks), Phases())
+    assert ranks.called[:5] == ["publish 0", "baselines", "publish 0", "baselines", "baselines"]
 
 
 async def _ignored(work: Awaitable[object]) -> None:

@@ -27,13 +27,13 @@ QUESTIONS = (  # the first takes several steps, so that a kill finds its trial o
 )
 
 
-def start(run_dir: Path, layout: str) -> subprocess.Popen[bytes]:
+def start(run_dir: Path, layout: str, *overrides: str) -> subprocess.Popen[bytes]:
     questions = run_dir.parent / "questions.jsonl"
     questions.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     command = [sys.executable, "-m", "megatron_sdpo.cli", "discover", "minipipe-discovery", "--layout", layout]
     command += ["--questions", str(questions), "--run-dir", str(run_dir), "engine.start_timeout_s=600"]
     command += ["discovery.budget=48", "discovery.best_of_k_samples=50", "discovery.seeds=2"]
-    command += ["discovery.multi_turn_memory=[3]"]
+    command += ["discovery.multi_turn_memory=[3]", *overrides]
     with (run_dir.parent / "output.txt").open("ab") as output:
         return subprocess.Popen(
             command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -15,7 +15,7 @@ from megatron_sdpo.hf_config import check_model, read_hf_config
 from megatron_sdpo.launch.planning import PUBLISHED
 from megatron_sdpo.launch.preflight import check_engines, check_run
 from megatron_sdpo.rollout import cpu_fp8
-from megatron_sdpo.rollout.fleet import fp8_arguments
+from megatron_sdpo.rollout.fleet_arguments import fp8_arguments
 from recipes import recipe
 from tests.tiny_model import write_byte_checkpoint
 

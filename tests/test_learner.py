@@ -371,6 +371,11 @@ def test_the_loop_tells_the_guard_of_every_evaluation_before_the_checkpoint(
     assert around.finished == 6
     assert [around.rows[step]["optim/guard"] for step in range(1, 6)] == [1.0, 1.0, 1.0, 1.0, 0.5]
 
+    resumed = _Loop(make_learner(config, groups))
+    resumed.learner.step, resumed.learner.history = 4, around.saved[3]  # what it was evaluated at is in the checkpoint
+    train(config, resumed, resumed.learner, cast("Publisher", resumed), resumed, resumed, Phases())
+    assert list(resumed.rows) == [5] and resumed.saved[0].accuracies == around.saved[4].accuracies
+
 
 def test_a_teacher_that_follows_each_optimizer_step_has_followed_them_all(folder: Path, groups: ParallelGroups) -> None:
     overrides = ("teacher.update_rate=0.5", "teacher.update_every=optimizer_step", "optim.mini_batches=2")

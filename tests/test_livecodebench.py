@@ -130,6 +130,7 @@ def test_a_response_without_code(task: LiveCodeBench) -> None:
     assert task.verify(question, "```python\nprint(") == Verdict(0.0, OPEN_BLOCK)
     thinking = f"<think>\n```python\n{RIGHT}\n```\n</think>\nso, no."
     assert task.verify(question, thinking) == Verdict(0.0, NO_BLOCK)
+    assert task.verify(question, thinking.partition("</think>")[0]) == Verdict(0.0, NO_BLOCK)  # cut
 
 
 def test_the_longest_block_is_the_answer() -> None:

@@ -19,7 +19,7 @@ from tests.task_data import written
 needs_math_verify = pytest.mark.skipif(
     maths.importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed (extra: tasks)"
 )
-ANSWERS = ["1/3", "x^2+2x+1", r"\{1,2,3\}", r"$\boxed{1000}$", "(1,2)", r"\sqrt{8}"]
+ANSWERS = ["1/3", "x^2+2x+1", r"\{1,2,3\}", r"$\boxed{1000}$", "(1,2)", r"\sqrt{8}", "BCA", "abc"]
 ROWS = [{"idx": i, "prompt": f"Problem {i}?", "answer": answer} for i, answer in enumerate(ANSWERS)]
 
 
@@ -46,6 +46,12 @@ RIGHT = [
     (3, r"\boxed{1000}"),
     (4, r"\boxed{\left(1, 2\right)}"),
     (5, r"\boxed{2\sqrt{2}}"),
+    (3, r"\boxed{1000.}"),
+    (3, r"\boxed{$1000$. }"),
+    (3, r"\boxed{1000\$}"),
+    (6, r"\boxed{\text{BCA}}"),
+    (6, r"\boxed{bca}"),
+    (7, r"\boxed{bca}"),
 ]
 WRONG = [
     (0, r"\boxed{0.33}", r'The boxed answer "0.33" was read as 0.330000000000000, which is not the right result.'),
@@ -56,6 +62,9 @@ WRONG = [
         r'The boxed answer "\frac{2000}{3}" was read as 2000/3, which is not the right result.',
     ),
     (4, r"\boxed{(2,1)}", 'The boxed answer "(2,1)" was read as (2, 1), which is not the right result.'),
+    (6, r"\boxed{ABC}", 'The boxed answer "ABC" was read as "ABC", which is not the right result.'),
+    (6, r"\boxed{abc}", 'The boxed answer "abc" was read as "abc", which is not the right result.'),
+    (3, r"\boxed{1000..}", 'The boxed answer "1000.." cannot be read as mathematics.'),
     (3, r"\boxed{\frac{}{}}", r'The boxed answer "\frac{}{}" cannot be read as mathematics.'),
 ]
 FORM = [
@@ -66,6 +75,7 @@ FORM = [
     (r"\boxed{ $$ }", EMPTY),
     (r"\boxed{" + "1" * (LONGEST_ANSWER + 1) + "}", TOO_LONG),
     (r"<think>\boxed{1/3}</think>It is a third.", NO_BOX),
+    (r"<think>\boxed{2}</think><think>Or is it \boxed{1/3}, or", NO_BOX),
 ]
 
 

@@ -86,7 +86,7 @@ def test_token_weights_by_hand(aggregation: Any, masked_in_denominator: bool | N
     assert token_weights([2, 4, 4], [True, False, True], config) == pytest.approx(expected, rel=1e-15)
     assert token_weights([2, 4], [False, False], config) == [0.0, 0.0]
     assert token_weights([], [], config) == []
-    assert token_weights([0, 4], [True, True], config)[0] == 0.0
+    assert token_weights([0, 4], [True, True], config) == [0.0, 1 / 4 if aggregation == "token_mean" else 1 / 8]
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
@@ -105,29 +105,34 @@ def test_advantages_by_hand() -> None:
 
 
 REWARDS, GROUPS = [1.0, 0.6, 0.0, 1.0, 0.0, 0.4, 0.2, 0.0, 0.0], [0, 0, 0, 1, 1, 1, 2, 2, 2]
-"""Success rates 2/3, 1/3 and 0 when a reward of 0.5 is a success."""
+"""Success rates 2/3, 1/3 and 0 when a reward of 0.5, or of 0.6, is a success."""
 
 
+@pytest.mark.parametrize("success", [0.5, 0.6])
 @pytest.mark.parametrize(
     ("weighting", "saturation", "stopped", "untaught"),
     [
         ("uniform", None, "---------", "---------"),
         ("failed_only", None, "---------", "xx-x-----"),
         ("uniform", 0.6, "xxx------", "xxx------"),
+        ("uniform", 2 / 3, "xxx------", "xxx------"),
         ("failed_only", 0.6, "xxx------", "xxxx-----"),
         ("uniform", 1.0, "---------", "---------"),
     ],
 )
-def test_samples_without_target_by_hand(weighting: Any, saturation: float | None, stopped: str, untaught: str) -> None:
+def test_samples_without_target_by_hand(
+    weighting: Any, saturation: float | None, stopped: str, untaught: str, success: float
+) -> None:
     config = ObjectiveConfig(sample_weighting=weighting, stop_at_saturation=saturation)
-    found = without_target(REWARDS, GROUPS, 0.5, config)
+    found = without_target(REWARDS, GROUPS, success, config)
     assert found == ([mark == "x" for mark in stopped], [mark == "x" for mark in untaught])
 
 
 def test_question_factors_by_hand() -> None:
     config = ObjectiveConfig(sample_weighting="question_difficulty")
     # sqrt(2)/3, sqrt(2)/3 and 0, of mean sqrt(8)/9
-    assert question_factors(REWARDS, GROUPS, 0.5, config) == pytest.approx([1.5] * 6 + [0.0] * 3)
+    for success in (0.5, 0.6):
+        assert question_factors(REWARDS, GROUPS, success, config) == pytest.approx([1.5] * 6 + [0.0] * 3)
     assert question_factors([1.0, 0.0], [0, 1], 0.5, config) == [0.0, 0.0]
     assert question_factors([], [], 0.5, config) == []
     assert question_factors(REWARDS, GROUPS, 0.5, ObjectiveConfig()) == [1.0] * 9

@@ -78,9 +78,12 @@ def test_an_evaluation_samples_as_it_is_told_to() -> None:
             sampler = Sampler(client, CHAT, Judge(), max_new_tokens=8, verify_workers=2)
             await evaluate(sampler, QUESTIONS, EvaluationConfig(attempts=2, temperature=0.6, top_p=0.95), version=3)
             await sampler.groups([Asked(4, 0, QUESTIONS[0], attempts=2, temperature=1.0)])
+            first: list[Group] = []
+            await evaluate(sampler, QUESTIONS, EvaluationConfig(attempts=1, questions=1), 3, first.append)
+            assert [group.question for group in first] == [QUESTIONS[0]]
 
     asyncio.run(run())
-    assert [(s["temperature"], s["top_p"]) for s in engine.sampling] == [(0.6, 0.95)] * 4 + [(1.0, 1.0)]
+    assert [(s["temperature"], s["top_p"]) for s in engine.sampling] == [(0.6, 0.95)] * 4 + [(1.0, 1.0)] * 2
 
 
 def test_every_attempt_of_a_seeded_run_has_a_seed_of_its_own() -> None:

@@ -43,6 +43,7 @@ RIGHT = [
     "<answer>D</answer>",
     "<reasoning>A? B?</reasoning>\n<answer>\n D\t\n</answer>\n",
     "<answer>A</answer><answer>D</answer>x",
+    "<think><answer>A</answer></think><answer>D</answer>",
 ]
 LETTERS = "one of the letters A, B, C, D alone, not "
 WRONG = {
@@ -50,6 +51,8 @@ WRONG = {
     "D": NO_ANSWER,
     "D</answer>": NO_ANSWER,
     "<answer>D": NOT_CLOSED,
+    "<think><answer>D</answer></think>D.": NO_ANSWER,
+    "<think>Perhaps <answer>D</answer>, or": NO_ANSWER,
     "<answer>D</answer><answer>": NOT_CLOSED,
     "<answer>d</answer>": LETTERS + '"d".',
     "<answer></answer>": LETTERS + '"".',

@@ -115,6 +115,7 @@ def changed(**arguments: Any) -> list[tuple[str, Any]]:
 F = 'Call 1 ("findDogs")'
 WRONG = [
     (0, "I would look for dogs.", [NO_CALL]),
+    (0, f"<think>{as_response([FIND])}\nOr", [NO_CALL]),
     (
         0,
         as_response([("findDog", FIND[1])]),
@@ -206,6 +207,8 @@ WRONG = [
     (3, as_response([OWNER, ("findDogs", {"breed": "Poodle"})]), ["1 more call is needed."]),
     (3, as_response([("findDogs", {"breed": "Poodle"})]), ["2 more calls are needed."]),
     (4, as_response([OWNER, FIND]), [WRONG_ORDER]),
+    (4, as_response([FIND, OWNER, LIST]), ['Call 3 ("listBreeds") is not wanted here, or not this often.']),
+    (4, as_response([FIND]), ["1 more call is needed."]),
     (5, as_response([("findDogs", {"breed": "Collie"})]), ["1 more call is needed."]),
     (
         5,

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 SECTIONS = {  # long ones first, so that none is left to run alone
     "environment": "gpu_sections.numerics:environment",
     "engines": "gpu_sections.engines:engines",
+    "layouts": "gpu_sections.layouts:layouts",
     "minipipe": "gpu_sections.training:minipipe_plain",
     "minipipe-fp8": "gpu_sections.training:minipipe_fp8",
     "memory": "gpu_sections.training:memory",

@@ -3,13 +3,15 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_sdpo.cli.configuring import RAW, Commands
 from megatron_sdpo.config import ConfigError
-from megatron_sdpo.scaling.runs import FILE, Manifest, read_manifest, steps_done
-from megatron_sdpo.scaling.study import Cell
 from recipes import studies
 from recipes import study as study_of
+
+if TYPE_CHECKING:
+    from megatron_sdpo.scaling.runs import Manifest
 
 
 def add_study(commands: Commands) -> None:
@@ -35,6 +37,8 @@ def add_study(commands: Commands) -> None:
 
 def study(arguments: argparse.Namespace) -> None:
     """List, queue or run; then report."""
+    from megatron_sdpo.scaling.runs import FILE, read_manifest, steps_done  # loads numpy
+
     chosen = study_of(arguments.study)
     if arguments.jobs < 1:
         raise ConfigError(f"--jobs is {arguments.jobs}; it must be at least 1")
@@ -52,7 +56,8 @@ def study(arguments: argparse.Namespace) -> None:
         return
     if arguments.list:
         for cell in cells:
-            print(f"{_state(folder, manifest, cell):14} {cell.name:24} {launching.local_line(cell)}")
+            state = f"{steps_done(folder, cell)}/{manifest.steps[cell.name]} steps"
+            print(f"{state:14} {cell.name:24} {launching.local_line(cell)}")
         return
     manifest.save(folder)
     if arguments.slurm:
@@ -70,16 +75,12 @@ def study(arguments: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def _report(folder: Path, manifest: Manifest) -> None:
+def _report(folder: Path, manifest: "Manifest") -> None:
     from megatron_sdpo.scaling.study_page import findings_lines, write_study  # loads matplotlib
 
     page, findings = write_study(folder, manifest)
     print("\n".join(findings_lines(findings)))
     print(page)
-
-
-def _state(folder: Path, manifest: Manifest, cell: Cell) -> str:
-    return f"{steps_done(folder, cell)}/{manifest.steps[cell.name]} steps"
 
 
 def _words(text: str) -> list[str]:

@@ -42,6 +42,7 @@ _AT_LEAST = {
 _ABOVE_0 = (
     *("sandbox.limits.cpu_s", "sandbox.limits.wall_s"),
     *("rollout.temperature", "engine.start_timeout_s", "engine.request_timeout_s", "publish.timeout_s", "optim.eps"),
+    "engine.hang_timeout_s",
     *("publish.probe_tolerance", "objective.policy_drift_clip", "objective.engine_mismatch_cap"),
     *("objective.stop_at_saturation", "objective.advantage_clip", "ranks.timeout_s", "ranks.slow_share"),
     "evaluation.top_p",
@@ -103,6 +104,11 @@ def check(config: Config) -> None:
             f"checkpoint.keep_every {checkpoint.keep_every} is not a multiple of checkpoint.every {checkpoint.every},"
             f" so hardly any checkpoint would be kept; set it to {checkpoint.every} or a multiple"
         )
+    if engine.count > 1 and engine.hang_timeout_s >= config.publish.timeout_s:
+        raise ConfigError(
+            f"engine.hang_timeout_s is {engine.hang_timeout_s:g}: an engine that hangs while it is sent weights would"
+            f" end the run before it is replaced; set it below publish.timeout_s {config.publish.timeout_s:g}"
+        )
     if engine.max_total_tokens is not None and engine.max_total_tokens < config.model.max_length:
         raise ConfigError(
             f"engine.max_total_tokens {engine.max_total_tokens} cannot hold one sequence of model.max_length"
@@ -131,6 +137,8 @@ def check(config: Config) -> None:
         )
     _check_objective(config.objective)
     _check_teacher_context(config.teacher_context)
+    if config.objective.has_teacher:
+        _check_somebody_teaches(config)
     _check_guard(config)
     if config.spikes.factor <= 1.0:
         raise ConfigError(f"spikes.factor is {config.spikes.factor:g}; it multiplies a usual norm, set it above 1")
@@ -279,6 +287,11 @@ def _check_objective(objective: ObjectiveConfig) -> None:
             f"objective.credit={objective.credit} cannot be had at objective.support={objective.support};"
             f" set objective.support={support}"
         )
+    if objective.support == "top_k" and objective.kept_tokens == 1 and not objective.tail:
+        raise ConfigError(
+            "objective.tail=false renormalises the kept tokens, of which there is one: student and teacher then always"
+            " agree; set objective.tail=true, or objective.top_k to 2 or more"
+        )
     if objective.kl_coefficient and not objective.compares_rewards:
         raise ConfigError(
             f"objective.kl_coefficient is part of GRPO's loss, which kind {objective.kind} has not;"
@@ -313,6 +326,18 @@ def _check_teacher_context(context: TeacherContextConfig) -> None:
         raise ConfigError(
             f"teacher_context.too_long={context.too_long} cuts a section that is never shown; set"
             " teacher_context.too_long to shorten or drop"
+        )
+
+
+def _check_somebody_teaches(config: Config) -> None:
+    """Refuse a run in which no attempt could ever have a teacher context."""
+    context = config.teacher_context
+    alone = config.rollout.attempts_per_prompt == 1 and context.exclude_own_success
+    if context.feedback == "never" and (alone or not context.demonstrations):
+        why = "its one attempt has no sibling" if alone else "teacher_context.demonstrations=false shows no solution"
+        raise ConfigError(
+            f"with teacher_context.feedback=never the teacher reads no feedback, and {why}: it would know no more than"
+            " the student; set teacher_context.feedback=without_solution"
         )
 
 

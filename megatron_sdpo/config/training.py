@@ -155,7 +155,8 @@ class RanksConfig:
 
     timeout_s: float = 1800.0
     """Longest time in one phase (building, loading, scoring, training, publishing, saving); then the run ends with a
-    message that tells which ranks did not arrive. Waiting for attempts has no bound."""
+    message that tells which ranks did not arrive. Waiting for attempts has no bound while the coordinator shows that it
+    lives; it may be silent for as long."""
     slow_share: float = 0.3
     """How much more own work than the others a rank may need before it counts as slow: 0.3 is 30 %."""
     slow_steps: int = 5

@@ -69,11 +69,23 @@ class EngineConfig:
     """Size of the KV cache in tokens; None lets SGLang choose from free memory (GPU only)."""
     start_timeout_s: float = 600.0
     request_timeout_s: float = 600.0
+    hang_timeout_s: float = 180.0
+    """An engine that gives no sign of life for so long hangs: it is killed, and replaced like one that has ended.
+    Longer than a forward pass takes, a first one that compiles kernels included; weights that are being sent, and
+    memory given back, do not count as silence. With several engines below publish.timeout_s, so that one which hangs in
+    a weight update is left out of it."""
     release_memory: bool = False
     """While a batch is trained on, engines on the trainer's own GPUs give back what weights and KV cache hold; needs
     rollout.max_staleness=0. A CPU engine keeps it."""
     extra_args: tuple[str, ...] = ()
     """Passed to SGLang as they are."""
+
+    @property
+    def patience_s(self) -> float:
+        """How long attempts are waited for: where there are other engines, a hang costs its time and a second try."""
+        if self.count == 1:
+            return self.request_timeout_s
+        return 2 * self.request_timeout_s + self.hang_timeout_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,9 +18,10 @@ sampled again, so it comes to where it was.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from megatron_sdpo.chat import Chat
 from megatron_sdpo.config import Config
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # the coordinator runs without torch
     from megatron_sdpo.mcore.learner import Learner
     from megatron_sdpo.reshard.publish import Publisher
 
+R = TypeVar("R")
 BASE_VERSION = 0
 PATIENCE_S = 60.0
 """How long the trainer's ranks wait for the baselines before they ask again; no collective may last for ever."""
@@ -45,6 +47,10 @@ class TrialSource(Protocol):
     """The trainer's view of the coordinator."""
 
     def baselines(self) -> bool: ...
+
+    def has_newcomers(self) -> bool:
+        """Whether an engine that has taken another's place waits for weights."""
+        ...
 
     def next_trial(self) -> int | None: ...
 
@@ -61,18 +67,25 @@ class Progress(Protocol):
     def finished(self, trial: Trial) -> None: ...
 
 
-def discover(source: TrialSource, learner: "Learner", publisher: "Publisher") -> None:
+def discover(source: TrialSource, learner: "Learner", publisher: "Publisher", phases: Phases) -> None:
     """Every trainer rank runs this, in step with the others, until no trial is left."""
-    phases = Phases()
-    publisher.publish(BASE_VERSION)
-    while not source.baselines():
-        pass
-    while (version := source.next_trial()) is not None:
-        learner.reset()
-        synced = publisher.publish(version)
+    phases.step = BASE_VERSION
+    with phases("sync"):
+        publisher.publish(BASE_VERSION)
+    while not _waited_for(source.baselines, phases):
+        if source.has_newcomers():  # baselines last long, and nothing else is published meanwhile
+            with phases("sync"):
+                publisher.publish(BASE_VERSION)
+    while (version := _waited_for(source.next_trial, phases)) is not None:
+        phases.step = version
+        with phases("reset"):
+            learner.reset()
+        with phases("sync"):
+            synced = publisher.publish(version)
         phases.taken()
-        while (batch := source.batch(version)) is not None:
-            publisher.release()
+        while (batch := _waited_for(partial(source.batch, version), phases)) is not None:
+            with phases("release"):
+                publisher.release()
             with phases("score_student"):
                 student = learner.score_student(batch)
             with phases("score_teacher"):
@@ -82,8 +95,15 @@ def discover(source: TrialSource, learner: "Learner", publisher: "Publisher") ->
                 learner.update_teacher()
             source.trained({**synced, **phases.taken(), **stats})
             version += 1
+            phases.step = version
             with phases("sync"):
                 synced = publisher.publish(version)
+
+
+def _waited_for(ask: Callable[[], R], phases: Phases) -> R:
+    """The coordinator's answer; waiting for it has no bound of its own."""
+    with phases("wait"):
+        return ask()
 
 
 def first_version(number: int, config: Config) -> int:

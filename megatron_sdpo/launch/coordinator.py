@@ -1,7 +1,9 @@
 """The coordinator's process: ``python -m megatron_sdpo.launch.coordinator RUN_DIR``."""
 
 import asyncio
+import dataclasses
 import os
+from collections.abc import Callable
 from functools import partial
 
 from megatron_sdpo import config as configuration
@@ -14,7 +16,7 @@ from megatron_sdpo.launch.roles import HOST
 from megatron_sdpo.launch.run_dir import RunDir, wait_for
 from megatron_sdpo.loop import make_batch
 from megatron_sdpo.rollout.client import EngineClient
-from megatron_sdpo.rollout.fleet_files import read_address
+from megatron_sdpo.rollout.fleet_files import read_address, read_replacements
 from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.rollout.prompts import PromptStream, check_lengths
 from megatron_sdpo.rollout.sampler import Sampler
@@ -25,10 +27,22 @@ from megatron_sdpo.types import Batch, Evaluation, Task
 
 
 class Coordinator:
-    """Makes batches as far ahead as ``rollout.max_staleness`` allows, and evaluates on request."""
+    """Makes batches as far ahead as ``rollout.max_staleness`` allows, and evaluates on request.
 
-    def __init__(self, config: Config, task: Task, tokens: Chat, sampler: Sampler, journal: Journal) -> None:
+    ``replaced`` counts the engines that have been replaced since the run was started.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        tokens: Chat,
+        sampler: Sampler,
+        journal: Journal,
+        replaced: Callable[[], int] = lambda: 0,
+    ) -> None:
         self._config, self._tokens, self._sampler, self._journal = config, tokens, sampler, journal
+        self._replaced = replaced
         self._prompts = PromptStream(task.train_questions(), config.rollout.prompts_per_step, config.seed)
         self._held_out = task.eval_questions()
         self._batches: dict[int, asyncio.Task[Batch]] = {}
@@ -52,7 +66,9 @@ class Coordinator:
     async def _make(self, step: int, before: asyncio.Task[Batch] | None) -> Batch:
         if before is not None:
             await before
-        return await make_batch(step, self._config, self._prompts, self._sampler, self._journal, self._tokens)
+        batch = await make_batch(step, self._config, self._prompts, self._sampler, self._journal, self._tokens)
+        replaced = {"rollout/engines_replaced": float(self._replaced())}
+        return dataclasses.replace(batch, metrics={**batch.metrics, **replaced})
 
 
 async def run(run_dir: RunDir) -> None:
@@ -69,12 +85,14 @@ async def _serve(run_dir: RunDir, config: Config, task: Task) -> None:
     questions = [*task.train_questions(), *task.eval_questions()]
     check_lengths(questions, tokens, config.rollout.max_new_tokens, config.model.max_length)
     router = wait_for(lambda: read_address(run_dir.path, "router"), "the engines", config.engine.start_timeout_s)
-    async with EngineClient([router], token, config.engine.request_timeout_s) as client:
+    async with EngineClient([router], token, config.engine.patience_s) as client:
         timeline = timeline_of(config, run_dir, "coordinator")
         sampler = (Sampler if timeline is None else partial(DrawnSampler, timeline))(
             client, tokens, task, config.rollout.max_new_tokens, config.rollout.verify_workers, config.sampling_seed
         )
-        coordinator = Coordinator(config, task, tokens, sampler, Journal(run_dir.attempts))
+        coordinator = Coordinator(
+            config, task, tokens, sampler, Journal(run_dir.attempts), lambda: read_replacements(run_dir.path)
+        )
         handlers: dict[Kind, Handler] = {
             "batch": coordinator.batch,
             "evaluate": coordinator.evaluate,
@@ -85,6 +103,7 @@ async def _serve(run_dir: RunDir, config: Config, task: Task) -> None:
             token,
             drawn(handlers, timeline),
             listening=lambda url: run_dir.publish_address("coordinator", url),
+            lives=lambda beat: run_dir.publish_address("coordinator-beat", str(beat)),
         )
 
 

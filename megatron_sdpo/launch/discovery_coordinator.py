@@ -35,7 +35,7 @@ async def _serve(run_dir: RunDir, config: Config, task: Task) -> None:
     router = wait_for(lambda: read_address(run_dir.path, "router"), "the engines", config.engine.start_timeout_s)
     console = Console(len(plan), sum(map(files.has, plan)), config.discovery.budget)
     try:
-        async with EngineClient([router], token, config.engine.request_timeout_s) as client:
+        async with EngineClient([router], token, config.engine.patience_s) as client:
             sampler = Sampler(client, tokens, task, config.rollout.max_new_tokens, config.rollout.verify_workers)
             trials = Trials(config, questions, tokens, sampler, run_dir.attempts, files, console)
             await serve(
@@ -48,6 +48,7 @@ async def _serve(run_dir: RunDir, config: Config, task: Task) -> None:
                     "trained": trials.trained,
                 },
                 listening=lambda url: run_dir.publish_address("coordinator", url),
+                lives=lambda beat: run_dir.publish_address("coordinator-beat", str(beat)),
             )
     finally:
         console.close()

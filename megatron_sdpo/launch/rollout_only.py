@@ -16,7 +16,7 @@ def run(run_dir: RunDir) -> None:
     tracker = Tracker(config, run_dir.path, is_writer=True)
     tracker.truncate_after(-1)
     url = wait_for(run_dir.coordinator_address, "the coordinator", config.engine.start_timeout_s)
-    client = CoordinatorClient(url, token)
+    client = CoordinatorClient(url, token, run_dir.coordinator_beat, config.ranks.timeout_s)
     for step in range(config.steps):
         client.ask("published", step)
         tracker.log(step + 1, msgspec.msgpack.decode(client.ask("batch", step), type=Batch).metrics)

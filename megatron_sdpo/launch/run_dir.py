@@ -194,6 +194,11 @@ class RunDir:
         path = self.addresses / "coordinator"
         return path.read_text() if path.exists() else None
 
+    def coordinator_beat(self) -> str | None:
+        """What changes while the coordinator lives (rollout/wire.py); None before it has begun."""
+        path = self.addresses / "coordinator-beat"
+        return path.read_text() if path.exists() else None
+
     def publish_address(self, name: str, address: str) -> None:
         """Say where a role listens, atomically."""
         temporary = self.addresses / f".{name}.tmp"

@@ -51,11 +51,16 @@ class SharedCoordinator:
     def __init__(self, client: CoordinatorClient | None, groups: ParallelGroups) -> None:
         self._client, self._groups = client, groups
 
+    def _as_first_rank(self, value: Callable[[], Any]) -> Any:
+        """What the first rank finds, on every rank."""
+        box: list[Any] = [value() if self._client is not None else None]
+        dist.broadcast_object_list(box, src=0, group=self._groups.world)
+        return box[0]
+
     def _ask(self, kind: Kind, argument: Argument, answer: Any) -> Any:
         """The answer, of the type ``answer``."""
-        box: list[Any] = [self._client.ask(kind, argument) if self._client is not None else None]
-        dist.broadcast_object_list(box, src=0, group=self._groups.world)
-        return msgspec.msgpack.decode(box[0], type=answer)
+        client = self._client
+        return msgspec.msgpack.decode(self._as_first_rank(lambda: client and client.ask(kind, argument)), type=answer)
 
 
 class SharedSource(SharedCoordinator):
@@ -236,7 +241,7 @@ def connect(run_dir: RunDir, config: Config, token: str, groups: ParallelGroups)
     if groups.rank == 0:
         # The coordinator listens once the engines serve, so all addresses are there then.
         url = wait_for(run_dir.coordinator_address, "the coordinator", config.engine.start_timeout_s)
-        client = CoordinatorClient(url, token)
+        client = CoordinatorClient(url, token, run_dir.coordinator_beat, config.ranks.timeout_s)
     dist.barrier(group=groups.world)
     return client
 
@@ -267,7 +272,7 @@ def publisher_for(
         engines,
         own_address(engines[0].address.url),
         probe_log_probs,
-        fleet if config.engine.count > 1 else None,
+        fleet,
         partial(quantized, learner.hf_config, config.fp8.high_precision_layers) if in_fp8 else None,
         config.engine.release_memory,
     )

@@ -4,6 +4,10 @@ Megatron plans a save (which rank writes what) and finishes it (the index of all
 The writing process is a fork: it sees memory as it was at that instant, so training may go on at once. What lives on
 a GPU is copied to the host before. It touches no device, starts nothing, and ends with the
 process that made it.
+
+Page-locked memory is the exception: CUDA has the fork share it, later writes included. What is there already is copied,
+and the copies from a GPU, which lie in such memory too, are not given back before the writer has read them: the next
+who asked for some would write over them.
 """
 
 import gc
@@ -58,12 +62,15 @@ class Save:
         began = time.monotonic()
         self._process: Any = None
         self._written: Written | None = None
+        self._read: Any = None
+        """What the writer reads, until it has."""
         if self._request.async_fn is None:  # other ranks write all that this one has
             self._written = Written({}, {}, 0.0)
             return
         transforms = self._request.async_fn.args[0]
         buckets = self._request.preload_fn()  # on the host
         if asynchronous:
+            self._read = buckets
             self._start(lambda: _write(buckets, transforms, began))
         else:
             self._written = _write(buckets, transforms, began)
@@ -84,6 +91,7 @@ class Save:
                 self._process.join()
                 raise WriteError(f"its writer ended with exit code {self._process.exitcode}") from None
             self._process.join()
+            self._read = None
             if isinstance(answer, str):
                 raise WriteError(answer)
             self._written = answer
@@ -101,10 +109,13 @@ class Save:
 def _uncopied(part: Any) -> Any:
     """A shard whose tensor seems to have memory of its own: Megatron copies those that are parts of others.
 
-    It does so before the fork, which makes that copy needless; the waiting for a save is mostly this.
+    It does so before the fork, which makes that copy needless; the waiting for a save is mostly this. Needed it is of
+    page-locked memory.
     """
     if not isinstance(part, ShardedTensor) or part.data is None:
         return part
+    if part.data.is_pinned():
+        return replace(part, data=part.data.clone())
     return replace(part, data=own_storage(part.data))
 
 

@@ -74,6 +74,38 @@ class EngineControl:
             return False
         return False
 
+    def is_lost(self, timeout_s: float = 10.0) -> bool:
+        """Whether it is gone, or its scheduler does not answer in time: to be asked when it has nothing to wait for."""
+        if self.is_gone():
+            return True
+        try:
+            self.ask_scheduler(timeout_s)
+        except EngineError:
+            return True
+        return False
+
+    def answers(self) -> bool:
+        """Whether an HTTP server answers at the address, whatever it says; engines and routers."""
+        try:
+            self._call("GET", "/readiness")
+        except EngineError as error:
+            return error.status is not None
+        return True
+
+    def load(self) -> dict[str, Any]:
+        """num_running_reqs, num_waiting_reqs ... as the scheduler last noted them; the HTTP server says it alone."""
+        loads = self._call("GET", "/v1/loads")["loads"]
+        return loads[0] if loads else {}
+
+    def ask_scheduler(self, timeout_s: float | None = None) -> None:
+        """Wait until the scheduler answers, between two batches; one that is paused or without memory does too."""
+        try:
+            self._call("GET", "/server_info", timeout_s=timeout_s)
+        except EngineError as error:
+            if error.status != 404:
+                raise
+            self._call("GET", "/get_server_info", timeout_s=timeout_s)  # its name in earlier releases
+
     def model_info(self) -> dict[str, Any]:
         """SGLang's description of the served model: model_path, weight_version, architectures ..."""
         return self._call("GET", "/model_info")

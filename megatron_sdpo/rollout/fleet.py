@@ -1,6 +1,5 @@
 """The engines of a run, and the router in front of them: start, watch, end."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,14 +16,20 @@ from typing import Self
 import psutil
 
 import megatron_sdpo
-from megatron_sdpo import fp8_format
 from megatron_sdpo.config import Config
-from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.rollout import lifeline
 from megatron_sdpo.rollout.control import EngineControl, EngineError
-from megatron_sdpo.rollout.cpu_platform import MEMORY_SAVER
-from megatron_sdpo.rollout.cpu_sampling import SEEDED
-from megatron_sdpo.rollout.fleet_files import ROUTER, read_address, read_confirmed, read_engines, write_address
+from megatron_sdpo.rollout.fleet_arguments import engine_arguments, router_arguments
+from megatron_sdpo.rollout.fleet_files import (
+    ROUTER,
+    is_publishing,
+    note_replacements,
+    read_address,
+    read_confirmed,
+    read_engines,
+    write_address,
+)
+from megatron_sdpo.rollout.liveness import Liveness
 from megatron_sdpo.rollout.ports import http_url, take_ports
 from megatron_sdpo.types import EngineAddress
 
@@ -86,10 +91,14 @@ class Fleet:
     Writes ``run_dir/logs/<name>.log`` and, once all answer, ``run_dir/addresses/<name>.json`` for
     ``engine-0 ...`` and for ``router``: the address for generation, which with a single engine is
     that engine's own. The processes end with the *thread* that called ``start``, even if it is killed.
+    ``alone``: nobody publishes to these engines, which serve ``model.path``.
     """
 
-    def __init__(self, config: Config, run_dir: Path, token: str, share: Share | None = None) -> None:
+    def __init__(
+        self, config: Config, run_dir: Path, token: str, share: Share | None = None, alone: bool = False
+    ) -> None:
         self._config = config
+        self._alone = alone or config.debug.rollout_only
         self._share = share or Share(range(config.engine.count), config.engine.host)
         self._run_dir = run_dir
         self._logs = run_dir / "logs"
@@ -98,6 +107,9 @@ class Fleet:
         self._running: list[_Running] = []
         self._joining: dict[str, _Joining] = {}
         self._restarts: Counter[str] = Counter()
+        self._liveness = Liveness(token, config.engine.hang_timeout_s, lambda: is_publishing(run_dir))
+        self._hung: dict[str, str] = {}
+        """Killed because they hang, and what was known of that."""
         self.engines: tuple[EngineAddress, ...] = ()
         self.router: EngineAddress | None = None
 
@@ -137,6 +149,8 @@ class Fleet:
             if share.has_router:
                 self.router = self._start_router()
                 self._announce(self.router)
+            for running in self._running:
+                self._liveness.watch(running.address, running.process.pid)
         except BaseException:
             self.stop()
             raise
@@ -150,7 +164,7 @@ class Fleet:
         first = engine.port and engine.port + engine.count
         (port,) = take_ports(self._share.host, first, 1)
         router = EngineAddress(ROUTER, http_url(self._share.host, port), engine.tensor_parallel)
-        self._launch(router, "router_main", self._router_arguments(port, found))
+        self._launch(router, "router_main", router_arguments(self._config, self._share.host, port, found))
         self._wait_until_healthy()
         return router
 
@@ -173,6 +187,7 @@ class Fleet:
     def stop(self, grace_s: float = GRACE_S) -> None:
         """End every process: asked first, killed with all its children after ``grace_s``. May be called twice."""
         self._forget_addresses()
+        self._liveness.forget_all()
         for running in self._running:
             running.process.terminate()  # its children are its own to end
         _wait(grace_s, lambda: all(r.process.poll() is not None for r in self._running))
@@ -193,26 +208,67 @@ class Fleet:
         )
 
     def tend(self) -> tuple[Ended, ...]:
-        """Replace engines that have ended while others serve; the ends that cannot be made good. Returns at once.
+        """Replace engines that have ended, or hang, while others serve; the ends that cannot be made good.
 
-        Call it again and again. A new engine, at another port, is told to the trainer as soon as it answers; the router
-        learns of it when the trainer has confirmed that it serves a version.
+        Call it again and again; it returns at once. Who hangs (liveness.py), or was left out by the trainer, is killed
+        and so has ended. A new engine, at another port, is told to the trainer as soon as it answers; the router learns
+        of it when the trainer has confirmed that it serves a version.
         """
-        lost = tuple(ended for ended in self.dead() if not self._replace(ended))
+        for name, words in (self._left_out() | self._liveness.hung()).items():
+            self._kill(name, words)
+        lost = tuple(self._explained(ended) for ended in self.dead() if not self._replace(ended))
         for running in self._running:
             if running.address.name in self._joining:
                 self._help_to_join(running, self._joining[running.address.name])
         return lost
 
+    def _left_out(self) -> dict[str, str]:
+        """Who runs, but has not got a version that others have."""
+        confirmed = None if self._alone else read_confirmed(self._run_dir)
+        if confirmed is None:
+            return {}
+        behind = [
+            running.address.name
+            for running in self._running
+            if running.address.url not in confirmed.urls and running.process.poll() is None
+        ]
+        words = f"the trainer could not send it version {confirmed.stamp}, which others serve"
+        return {name: words for name in behind if name != ROUTER and name not in self._joining}
+
+    def _kill(self, name: str, words: str) -> None:
+        """With all its processes: one that is stopped does not hear anything else."""
+        self._liveness.forget(name)
+        self._hung[name] = words
+        process = self._named(name).process
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if not _wait(GRACE_S, lambda: process.poll() is not None):
+            raise EngineError(name, "hangs", f"{words}; it was killed, but still runs after {GRACE_S:g} s")
+
+    def _named(self, name: str) -> _Running:
+        return next(running for running in self._running if running.address.name == name)
+
+    def _explained(self, ended: Ended) -> Ended:
+        """With what is known besides the log."""
+        known = [f"it hung: {self._hung[ended.name]}"] if ended.name in self._hung else []
+        if self._restarts[ended.name] == MOST_RESTARTS:
+            known.append(f"it had been replaced already, as often as an engine is in a run: {MOST_RESTARTS} times")
+        return replace(ended, log_tail="\n".join([*known, ended.log_tail]))
+
     def _replace(self, ended: Ended) -> bool:
         """Whether another engine is on its way in the place of this one."""
-        old = next(running for running in self._running if running.address.name == ended.name)
+        old = self._named(ended.name)
         others = [a for a in read_engines(self._run_dir) if a.name != ended.name and not self._control(a).is_gone()]
         router = read_address(self._run_dir, ROUTER)
         if ended.name == ROUTER or router is None or not others or self._restarts[ended.name] == MOST_RESTARTS:
             return False
         self._restarts[ended.name] += 1
-        print(f"{ended.name} has ended ({ended.exit_code}) and is replaced, others serve", file=sys.stderr, flush=True)
+        note_replacements(self._run_dir, ended.name, self._restarts[ended.name])
+        words = self._hung.pop(ended.name, None)
+        how = f"has ended ({ended.exit_code})" if words is None else f"hangs ({words}), was killed"
+        count = f"{self._restarts[ended.name]} of at most {MOST_RESTARTS} times"
+        print(f"{ended.name} {how} and is replaced ({count}), others serve", file=sys.stderr, flush=True)
+        self._liveness.forget(ended.name)
         with suppress(ProcessLookupError):  # what it leaves behind, on its GPUs too
             os.killpg(old.process.pid, signal.SIGKILL)
         self._running.remove(old)
@@ -231,12 +287,20 @@ class Fleet:
             if self._control(address).health(timeout_s=2.0):
                 joining.is_announced = True
                 self._announce(address)
+                self._liveness.watch(address, running.process.pid)
             elif time.monotonic() > joining.deadline:
                 running.process.kill()  # seen as ended at the next look
-        elif router and (confirmed := read_confirmed(self._run_dir)) and address.url in confirmed.urls:
+        elif router and (stamp := self._serves(address)):
             self._control(router).add_worker(address.url)
             del self._joining[address.name]
-            print(f"{address.name} serves again, version {confirmed.stamp}", file=sys.stderr, flush=True)
+            print(f"{address.name} serves again, version {stamp}", file=sys.stderr, flush=True)
+
+    def _serves(self, address: EngineAddress) -> str | None:
+        """The version that an engine is known to serve, if it is."""
+        if self._alone:
+            return f"of {self._config.model.path}"
+        confirmed = read_confirmed(self._run_dir)
+        return confirmed.stamp if confirmed and address.url in confirmed.urls else None
 
     def _control(self, address: EngineAddress) -> EngineControl:
         return EngineControl(address, self._token, timeout_s=10.0)
@@ -246,48 +310,8 @@ class Fleet:
         return {running.address.name: running.process.pid for running in self._running}
 
     def _engine_arguments(self, i: int, port: int) -> list[str]:
-        config, engine = self._config, self._config.engine
-        (own_port,) = take_ports(
-            self._share.host, 0, 1
-        )  # SGLang's choice is one that the kernel may hand out meanwhile
-        arguments = {
-            "model-path": config.model.path,
-            "host": self._share.host,
-            "port": port,
-            "nccl-port": own_port,
-            "dtype": config.model.dtype,
-            "context-length": config.model.max_length,
-            "tp-size": engine.tensor_parallel,
-            "base-gpu-id": self._share.first_gpu + (i - self._share.engines.start) * engine.tensor_parallel,
-            "max-running-requests": engine.max_running_requests,
-            "max-total-tokens": engine.max_total_tokens,
-            "random-seed": config.seed + i,  # the same seed would make engines repeat each other's samples
-            "weight-version": 0,
-            "log-level-http": "warning",
-        }
-        given = [f"--{name}={value}" for name, value in arguments.items() if value is not None]
-        if config.deterministic:
-            given.append(SEEDED)
-        if engine.release_memory:
-            given.append(MEMORY_SAVER)
-        given += fp8_arguments(config)
-        return [*given, "--skip-tokenizer-init", *engine.extra_args]
-
-    def _router_arguments(self, port: int, engines: Sequence[EngineAddress]) -> list[str]:
-        engine, host = self._config.engine, self._share.host
-        (metrics_port,) = take_ports(host, 0, 1)
-        arguments = {
-            "host": host,
-            "port": port,
-            "policy": "round_robin",
-            "prometheus-host": host,
-            "prometheus-port": metrics_port,
-            "request-timeout-secs": max(1, round(engine.request_timeout_s)),
-            "max-concurrent-requests": -1,  # the coordinator decides how much is in flight
-            "log-level": "warn",
-        }
-        given = [f"--{name}={value}" for name, value in arguments.items()]
-        return [*given, "--worker-urls", *(address.url for address in engines)]
+        gpu = self._share.first_gpu + (i - self._share.engines.start) * self._config.engine.tensor_parallel
+        return engine_arguments(self._config, i, self._share.host, port, gpu)
 
     def _launch(self, address: EngineAddress, module: str, arguments: Sequence[str]) -> None:
         log = self._logs / f"{address.name}.log"
@@ -344,18 +368,6 @@ class Fleet:
         names = [f"engine-{i}" for i in self._share.engines] + [ROUTER] * self._share.has_router
         for name in names:
             (self._addresses / f"{name}.json").unlink(missing_ok=True)
-
-
-def fp8_arguments(config: Config) -> list[str]:
-    """What SGLang is told of FP8; nothing where it is off, or where the checkpoint says so itself.
-
-    The file on disk is in full precision, so the engine starts with dummies for weights: a trainer publishes before
-    anything is sampled, and engines without one are refused at start (``fp8_format.check_engines_alone``).
-    """
-    if config.engine.fp8 == "off" or fp8_format.is_fp8(model := read_hf_config(config.model.path, fp8=True)):
-        return []
-    said = {fp8_format.KEY: fp8_format.quantization_config(model, config.fp8.high_precision_layers)}
-    return [f"--json-model-override-args={json.dumps(said)}", "--load-format=dummy"]
 
 
 def check_ports(config: Config) -> None:

@@ -1,6 +1,7 @@
 """What a fleet and its users tell each other through ``RUN_DIR/addresses/``: who is where, and who serves what.
 
-``engine-0.json ...`` and ``router.json`` are written by the fleets of the machines, ``confirmed.json`` by the trainer.
+``engine-0.json ...``, ``router.json`` and ``replaced-engine-0.json ...`` (how often, where it was) are written by the
+fleets of the machines, ``confirmed.json`` and ``publishing`` (there while weights are sent) by the trainer.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,16 +34,19 @@ class RunningFleet:
         return self._connect(address)
 
     def engines(self) -> tuple[EngineAddress, ...]:
+        """Who is there to be sent weights to, which begins now and lasts until ``confirm`` (or ends the run)."""
+        _publishing(self._run_dir).touch()
         return read_engines(self._run_dir)
 
     def all_of(self, count: int) -> tuple[EngineAddress, ...] | None:
         """All engines of a run of so many, or None while some are missing."""
-        found = self.engines()
+        found = read_engines(self._run_dir)
         return found if len(found) == count else None
 
     def confirm(self, stamp: str, engines: Sequence[EngineAddress]) -> None:
         confirmed = Confirmed(stamp, tuple(address.url for address in engines))
         _write_atomically(_confirmed(self._run_dir), msgspec.json.encode(confirmed))
+        _publishing(self._run_dir).unlink(missing_ok=True)
 
 
 def write_address(run_dir: Path, address: EngineAddress) -> None:
@@ -72,6 +76,32 @@ def read_confirmed(run_dir: Path) -> Confirmed | None:
         return msgspec.json.decode(_confirmed(run_dir).read_bytes(), type=Confirmed)
     except FileNotFoundError:
         return None
+
+
+def has_newcomers(run_dir: Path) -> bool:
+    """Whether an engine waits for the version that the others serve."""
+    confirmed = read_confirmed(run_dir)
+    return confirmed is not None and any(address.url not in confirmed.urls for address in read_engines(run_dir))
+
+
+def is_publishing(run_dir: Path) -> bool:
+    """Whether the trainer is sending weights, or checking them."""
+    return _publishing(run_dir).exists()
+
+
+def note_replacements(run_dir: Path, name: str, count: int) -> None:
+    """How often an engine has been replaced since this start of the run."""
+    _write_atomically(run_dir / "addresses" / f"replaced-{name}.json", msgspec.json.encode(count))
+
+
+def read_replacements(run_dir: Path) -> int:
+    """Of all engines."""
+    paths = (run_dir / "addresses").glob("replaced-*.json")
+    return sum(msgspec.json.decode(path.read_bytes(), type=int) for path in paths)
+
+
+def _publishing(run_dir: Path) -> Path:
+    return run_dir / "addresses" / "publishing"
 
 
 def _confirmed(run_dir: Path) -> Path:

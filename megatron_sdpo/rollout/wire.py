@@ -4,8 +4,11 @@ Requests of a training run's trainer: ``batch`` (a step), ``evaluate`` and ``pub
 ``baselines``, ``next_trial``, ``batch`` (a version) and ``trained`` (the numbers of a step).
 """
 
+import asyncio
 import hmac
+import itertools
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Literal
 
 import msgspec
@@ -19,12 +22,24 @@ Argument = int | dict[str, float]
 Handler = Callable[[Any], Awaitable[Any]]
 
 
+BEAT_S = 2.0
+"""So often a coordinator shows that it lives."""
+
+
 class CoordinatorError(RuntimeError):
     """The coordinator could not answer; the message is its own."""
 
 
-async def serve(host: str, token: str, handlers: dict[Kind, Handler], listening: Callable[[str], None]) -> None:
+async def serve(
+    host: str,
+    token: str,
+    handlers: dict[Kind, Handler],
+    listening: Callable[[str], None],
+    lives: Callable[[int], None] = lambda beat: None,
+) -> None:
     """Answer requests until cancelled; ``listening`` is called with the address once it is bound.
+
+    ``lives`` is called every ``BEAT_S`` with a count that goes on, as long as the event loop does.
 
     A request without the right token is answered with a refusal. An exception in a handler is sent to the
     requester and then raised here: a coordinator that failed does not go on.
@@ -35,6 +50,7 @@ async def serve(host: str, token: str, handlers: dict[Kind, Handler], listening:
     if ":" in host:
         socket.setsockopt(zmq.IPV6, 1)
     bracketed = f"[{host}]" if ":" in host else host
+    beating = asyncio.create_task(_beat(lives))
     try:
         allowed = port_range()
         port = socket.bind_to_random_port(f"tcp://{bracketed}", allowed.start, allowed.stop, max_tries=len(allowed))
@@ -51,15 +67,27 @@ async def serve(host: str, token: str, handlers: dict[Kind, Handler], listening:
                 raise
             await socket.send_multipart([b"ok", msgspec.msgpack.encode(answer)])
     finally:
+        beating.cancel()
         socket.close()
         context.term()
 
 
-class CoordinatorClient:
-    """The trainer's end. Calls block until the answer comes, however long generation takes."""
+async def _beat(lives: Callable[[int], None]) -> None:
+    for beat in itertools.count():
+        with suppress(OSError):  # a disk that is full for a moment: silence until then
+            lives(beat)
+        await asyncio.sleep(BEAT_S)
 
-    def __init__(self, url: str, token: str) -> None:
-        self._token = token.encode()
+
+class CoordinatorClient:
+    """The trainer's end. Calls block until the answer comes, however long generation takes.
+
+    Unless the coordinator hangs: ``beat`` gives its latest sign of life, and a call raises CoordinatorError when that
+    has stayed the same for ``timeout_s``.
+    """
+
+    def __init__(self, url: str, token: str, beat: Callable[[], object], timeout_s: float) -> None:
+        self._token, self._beat, self._timeout_s = token.encode(), beat, timeout_s
         self._socket = zmq.Context.instance().socket(zmq.REQ)
         self._socket.setsockopt(zmq.LINGER, 0)
         if "[" in url:
@@ -69,6 +97,7 @@ class CoordinatorClient:
     def ask(self, kind: Kind, argument: Argument) -> bytes:
         """The answer as msgpack bytes; raises CoordinatorError with the coordinator's words."""
         self._socket.send_multipart([self._token, kind.encode(), msgspec.msgpack.encode(argument)])
+        self._wait(kind)
         status, payload = self._socket.recv_multipart()
         if status != b"ok":
             raise CoordinatorError(payload.decode())
@@ -76,6 +105,19 @@ class CoordinatorClient:
 
     def close(self) -> None:
         self._socket.close()
+
+    def _wait(self, kind: Kind) -> None:
+        """Until there is an answer. Time counts only while this process runs."""
+        silent_s, seen = 0.0, self._beat()
+        while not self._socket.poll(1000 * min(BEAT_S, self._timeout_s / 4)):
+            beat = self._beat()
+            silent_s = 0.0 if beat != seen else silent_s + min(BEAT_S, self._timeout_s / 4)
+            seen = beat
+            if silent_s > self._timeout_s:
+                raise CoordinatorError(
+                    f"the coordinator hangs: asked for {kind!r}, it has shown no life for {self._timeout_s:g} s"
+                    " (ranks.timeout_s)"
+                )
 
 
 def _words(error: BaseException) -> str:

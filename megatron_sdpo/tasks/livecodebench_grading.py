@@ -11,6 +11,7 @@ from decimal import Decimal, DecimalException
 
 from megatron_sdpo.sandbox import Outcome, OutcomeKind
 from megatron_sdpo.tasks.livecodebench_data import Case
+from megatron_sdpo.tasks.wording import after_thinking
 
 NO_BLOCK = "Incorrect Format: Put your code inside a ```python ... ``` block."
 OPEN_BLOCK = "Incorrect Format: The code block is not closed. Try again with a shorter response."
@@ -37,7 +38,7 @@ def code_of(response: str) -> tuple[str | None, str]:
 
     Example: ``code_of("Sure:\\n```python\\nprint(1)\\n```")`` is ``("print(1)\\n", "")``.
     """
-    answer = response.rpartition("</think>")[2]
+    answer = after_thinking(response)
     blocks = _BLOCK.findall(answer)
     if blocks:
         return max(blocks, key=len), ""

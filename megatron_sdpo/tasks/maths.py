@@ -68,6 +68,8 @@ class Maths(DatasetTask):
             return Verdict(0.0, TOO_LONG if answer else EMPTY)
         if answer == right:
             return Verdict(1.0)
+        if _is_order(right) and answer.isalpha() and answer.upper() != right:
+            return Verdict(0.0, WRONG.format(answer=inline(answer), read=inline(answer)))
         compared = self._checker.compare(right, answer)
         return self._verdict(question, answer, compared)
 
@@ -107,6 +109,15 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+def _is_order(answer: str) -> bool:
+    """``BCA``, which math-verify would take for a product, equal to ``ABC``."""
+    return len(answer) > 2 and answer.isascii() and answer.isalpha() and answer.isupper()
+
+
 def _plain(answer: str) -> str:
-    """Without the space and the dollar signs around it."""
-    return answer.strip().strip("$").strip()
+    """Without the space and the dollar signs around it, but for a dollar that is meant; nor the end of a sentence,
+    which math-verify cannot read after a number."""
+    inner = answer.strip().strip("$").strip()
+    if inner.endswith("\\") and answer.rstrip().endswith("\\$"):
+        inner += "$"
+    return inner.removesuffix(".").rstrip() if not inner.endswith("..") else inner

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from megatron_sdpo.tasks.dataset import DatasetTask, PromptRow, fields_of
 from megatron_sdpo.tasks.rows import RowError
-from megatron_sdpo.tasks.wording import quoted
+from megatron_sdpo.tasks.wording import after_thinking, quoted
 from megatron_sdpo.types import Question, Verdict
 
 _LETTERS = "ABCDEFGHIJ"
@@ -45,10 +45,11 @@ class SciKnowEval(DatasetTask):
 
     def verify(self, question: Question, response: str) -> Verdict:
         """Reward 1 for the right letter in the right form, else 0."""
-        answer = extracted(response)
+        text = after_thinking(response)
+        answer = extracted(text)
         if answer == question.payload["answer"]:
             return Verdict(1.0)
-        feedback = _format_error(response, answer, question.payload["letters"]) if self.format_feedback else ""
+        feedback = _format_error(text, answer, question.payload["letters"]) if self.format_feedback else ""
         return Verdict(0.0, feedback)
 
 

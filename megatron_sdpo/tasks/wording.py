@@ -29,5 +29,6 @@ def as_json(value: Any, limit: int = QUOTED_CHARACTERS) -> str:
 
 
 def after_thinking(text: str) -> str:
-    """What follows the last ``</think>``: the answer proper, where a model thinks first."""
-    return text.rpartition("</think>")[2]
+    """The answer proper, where a model thinks first: what follows the last ``</think>``, up to a ``<think>`` that was
+    not closed. A thought that was cut is no answer, whatever it holds."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]

@@ -26,6 +26,8 @@ Backend = Literal["nccl", "gloo", "ipc"]
 ONE_GPU = {"NCCL_HOSTID": "trainer", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
 """NCCL refuses two processes on one GPU of one host, but takes a process's word for its host: then it goes through
 sockets, which says nothing of its speed, but shows its group, its buckets and their order to be right."""
+ENGINE = {"TORCH_COMPILE_DISABLE": "1"}
+"""It starts sooner, and samples hardly anything here."""
 APART = {"off": 0.5, "blockwise": 1.0}
 """Log-probs of a probe of random tokens, between two implementations in bf16 or of block FP8."""
 
@@ -61,7 +63,7 @@ def served(folder: Path, model: Path, fp8: str, backends: tuple[Backend, ...], g
     learner = Learner(config, groups_of_one())
     findings = []
     with ExitStack() as stack:
-        with _told({"NCCL_HOSTID": "engine"} if "nccl" in backends and shared else {}):
+        with _told(ENGINE | ({"NCCL_HOSTID": "engine"} if "nccl" in backends and shared else {})):
             share = Share(range(1), config.engine.host, first_gpu=gpu)
             stack.enter_context(Fleet(config, folder, run_dir.token(), share))
         for version, backend in enumerate(backends, 1):

@@ -1,10 +1,14 @@
 """MiniPipe learned on a GPU without engines, checkpoints, and memory beside the planner's."""
 
 import gc
+import multiprocessing
+import os
+import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -174,22 +178,30 @@ def minipipe_fp8() -> list[Finding]:
 
 
 def checkpoints() -> list[Finding]:
-    """Saved beside training, loaded into another learner, and both go on alike, to the bit."""
+    """Saved beside training, loaded into another learner, and both go on alike, to the bit.
+
+    The writer is stopped until the next batch has been trained on: what it reads must be as it was, wherever it lies.
+    """
     findings = []
+    cases = {
+        "fp8 off": (),
+        "fp8 blockwise": ("fp8.student=blockwise", "fp8.teacher=blockwise"),
+        "teacher in host memory": ("teacher.placement=offloaded",),
+    }
     with tempfile.TemporaryDirectory() as name:
         model = write_model(Path(name) / "model", qwen3(**SMALL))
         batches = [draw_batch(SMALL["vocab_size"], mixed_lengths(8, seed=s), seed=s, step=s) for s in range(3)]
-        for kind in ("off", "blockwise"):
-            asked = (f"fp8.student={kind}", f"fp8.teacher={kind}")
+        for what, asked in cases.items():
             first = learner_of(model, *asked)
             step_of(first, batches[0])
             step_of(first, batches[1])
-            folder = Path(name) / kind
+            folder = Path(name) / what
             saver = checkpoint.Saver(first, folder, first.config.checkpoint)
             began = time.perf_counter()
             saver.begin(cursor=2)
             stall = time.perf_counter() - began
-            straight = step_of(first, batches[2])  # while it is being written
+            with _stopped_writer() as was_writing:
+                straight = step_of(first, batches[2])
             saver.poll(wait=True)
             second = learner_of(model, *asked)
             resumed = checkpoint.load_latest(second, folder)
@@ -197,11 +209,25 @@ def checkpoints() -> list[Finding]:
             same = straight[0]["loss/total"] == again[0]["loss/total"]
             same = same and torch.equal(joined(straight[2]), joined(again[2]))
             findings += [
-                Finding(f"fp8 {kind}: stall of a save, s", stall),
-                holds(f"fp8 {kind}: found at step 2", resumed is not None and resumed.step == 2),
-                holds(f"fp8 {kind}: goes on to the bit", same),
+                Finding(f"{what}: stall of a save, s", stall),
+                holds(f"{what}: its writer waited while a batch was trained on", was_writing),
+                holds(f"{what}: found at step 2", resumed is not None and resumed.step == 2),
+                holds(f"{what}: goes on to the bit", same),
             ]
     return findings
+
+
+@contextmanager
+def _stopped_writer() -> Iterator[bool]:
+    """Whether there was one that had not finished; it goes on afterwards."""
+    writers = multiprocessing.active_children()
+    for writer in writers:
+        os.kill(writer.pid or 0, signal.SIGSTOP)
+    try:
+        yield bool(writers)
+    finally:
+        for writer in writers:
+            os.kill(writer.pid or 0, signal.SIGCONT)
 
 
 def memory() -> list[Finding]:
