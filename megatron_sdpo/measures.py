@@ -29,6 +29,7 @@ MEASURES: dict[str, Measure] = {
     "eval/response_tokens": Measure("tokens", "mean length of held-out responses"),
     "rollout/response_tokens": Measure("tokens", "mean length of the batch's responses"),
     "rollout/cut_share": Measure("share", "of responses that ended at rollout.max_new_tokens"),
+    "rollout/engines_replaced": Measure("engines", "that ended or hung, replaced so far"),
     "rollout/staleness": Measure("versions", "by which the weights that sampled were older than those trained, mean"),
     "verdict/reward": Measure("reward", "mean of the batch's attempts"),
     "verdict/solved_questions": Measure("share", "of the batch's questions with a reward above 0 among their attempts"),

@@ -1,11 +1,15 @@
 """Engines without a trainer that hang: evaluate ends with a sentence, or goes on where others serve."""
 
 import asyncio
+import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -118,3 +122,31 @@ def test_evaluate_ends_with_a_sentence_when_its_engine_hangs(tmp_path: Path) -> 
     assert "error: engine-0 was ended by SIGKILL; what was answered is in " in said
     assert "it hung: its HTTP server has not answered for 15 s (engine.hang_timeout_s)" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_is_served_can_be_talked_to_in_words(tmp_path: Path) -> None:
+    """As a client of OpenAI's would, with the token; without it nobody is answered."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "megatron_sdpo.cli", "serve", "minipipe", f"--run-dir={tmp_path / 'served'}"]
+    serving = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        assert serving.stdout is not None
+        said = list(itertools.takewhile(lambda line: not line.startswith("token in"), serving.stdout))
+        url = said[0].split()[1]
+        token = (tmp_path / "served" / "token").read_text().strip()
+        question = {"role": "user", "content": "keep over 2, sort, item 1"}
+        asked = json.dumps({"model": "minipipe", "messages": [question], "max_tokens": 16}).encode()
+        head = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+        request = urllib.request.Request(f"{url}/v1/chat/completions", asked, head)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            message = json.loads(answer.read())["choices"][0]["message"]
+        assert message["role"] == "assistant" and message["content"].strip()
+        del head["Authorization"]
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(urllib.request.Request(f"{url}/v1/chat/completions", asked, head), timeout=60)
+        serving.send_signal(signal.SIGINT)
+        assert serving.wait(60) == 0
+    finally:
+        serving.kill()

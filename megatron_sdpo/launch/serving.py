@@ -63,7 +63,7 @@ def serve_model(config: Config) -> None:
     run_dir = RunDir(Path(config.run_dir))
     with run_dir.locked(), suppress(Interrupted), signals_raise():
         run_dir.prepare(config)
-        with Fleet(config, run_dir.path, run_dir.token(), alone=True) as fleet:
+        with Fleet(config, run_dir.path, run_dir.token(), alone=True, text=True) as fleet:
             for address in {a.name: a for a in (*fleet.engines, fleet.router) if a}.values():
                 print(f"{address.name} {address.url}")
             print(f"token in {run_dir.token_file}; Ctrl-C stops", flush=True)

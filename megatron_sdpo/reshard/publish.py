@@ -124,7 +124,7 @@ class Publisher:
         stamp = f"{version}-{digest(line for part in self._share(lines) for line in part)}"
         new = Version(version, stamp, buckets, copies, self.probe_log_probs(self.probe))
         probe_gap, failure = self._deliver(new)
-        while failure is not None and self._leave_out_who_is_gone():
+        while failure is not None and self._leave_out_who_is_lost():
             probe_gap, failure = self._deliver(new)
         if failure is not None:
             raise PublishError(f"version {version} was not published: {failure}; {self._roll_back()}")
@@ -197,11 +197,11 @@ class Publisher:
         if failure is None and found:
             self._send_to(found)
 
-    def _leave_out_who_is_gone(self) -> bool:
-        """Whether some engines are gone and others are not; all ranks then go on with those."""
+    def _leave_out_who_is_lost(self) -> bool:
+        """Whether some engines are gone, or hang, and others do not; all ranks then go on with those."""
         if self.fleet is None:
             return False
-        left, failure = self._on_first_rank(lambda: [e.address for e in self.engines if not e.is_gone()])
+        left, failure = self._on_first_rank(lambda: [e.address for e in self.engines if not e.is_lost()])
         if failure is not None or not left or len(left) == len(self.engines):
             return False
         self._send_to(left)

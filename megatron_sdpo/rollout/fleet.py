@@ -91,14 +91,21 @@ class Fleet:
     Writes ``run_dir/logs/<name>.log`` and, once all answer, ``run_dir/addresses/<name>.json`` for
     ``engine-0 ...`` and for ``router``: the address for generation, which with a single engine is
     that engine's own. The processes end with the *thread* that called ``start``, even if it is killed.
-    ``alone``: nobody publishes to these engines, which serve ``model.path``.
+    ``alone``: nobody publishes to these engines, which serve ``model.path``; ``text``: in words too.
     """
 
     def __init__(
-        self, config: Config, run_dir: Path, token: str, share: Share | None = None, alone: bool = False
+        self,
+        config: Config,
+        run_dir: Path,
+        token: str,
+        share: Share | None = None,
+        alone: bool = False,
+        text: bool = False,
     ) -> None:
         self._config = config
         self._alone = alone or config.debug.rollout_only
+        self._text = text
         self._share = share or Share(range(config.engine.count), config.engine.host)
         self._run_dir = run_dir
         self._logs = run_dir / "logs"
@@ -311,7 +318,7 @@ class Fleet:
 
     def _engine_arguments(self, i: int, port: int) -> list[str]:
         gpu = self._share.first_gpu + (i - self._share.engines.start) * self._config.engine.tensor_parallel
-        return engine_arguments(self._config, i, self._share.host, port, gpu)
+        return engine_arguments(self._config, i, self._share.host, port, gpu, self._text)
 
     def _launch(self, address: EngineAddress, module: str, arguments: Sequence[str]) -> None:
         log = self._logs / f"{address.name}.log"

@@ -12,8 +12,9 @@ from megatron_sdpo.rollout.ports import take_ports
 from megatron_sdpo.types import EngineAddress
 
 
-def engine_arguments(config: Config, i: int, host: str, port: int, gpu: int) -> list[str]:
-    """SGLang's, for the engine of number ``i`` in the run whose first GPU on this machine is ``gpu``."""
+def engine_arguments(config: Config, i: int, host: str, port: int, gpu: int, text: bool = False) -> list[str]:
+    """SGLang's, for the engine of number ``i`` in the run whose first GPU on this machine is ``gpu``. With ``text`` it
+    reads and writes words too (/v1/chat/completions); a run gives and takes token ids only."""
     engine = config.engine
     (own_port,) = take_ports(host, 0, 1)  # SGLang's choice is one that the kernel may hand out meanwhile
     arguments = {
@@ -37,7 +38,9 @@ def engine_arguments(config: Config, i: int, host: str, port: int, gpu: int) -> 
     if engine.release_memory:
         given.append(MEMORY_SAVER)
     given += fp8_arguments(config)
-    return [*given, "--skip-tokenizer-init", *engine.extra_args]
+    if not text:
+        given.append("--skip-tokenizer-init")
+    return [*given, *engine.extra_args]
 
 
 def fp8_arguments(config: Config) -> list[str]:
