@@ -1,6 +1,9 @@
 """Transformer Engine's linears, the learner's precisions, packing and the divergence, each against a reference."""
 
+import random
+import statistics
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from megatron_sdpo import quantization
 from megatron_sdpo.divergence import divergence, student_support, support_log_probs
 from megatron_sdpo.fused import Head, fused_divergence
 from megatron_sdpo.mcore.hf import save_hf
-from megatron_sdpo.types import Batch
+from megatron_sdpo.types import Batch, Sample
 
 
 def environment() -> list[Finding]:
@@ -217,12 +220,47 @@ def packed() -> list[Finding]:
             findings.append(
                 at_most(f"fp8 {kind}: packed from alone, mean", (together - alone).abs().mean().item(), bound)
             )
+            findings += _shared(model, kind, bound)
             changed = replace(batch.samples[0], prompt_ids=batch.samples[0].prompt_ids[::-1])
             other = Batch(0, (changed, *batch.samples[1:]), {}, 1)
             scores, scores_other = (one.score_student(b).old_log_probs for b in (batch, other))
             leaks = max((scores[i] - scores_other[i]).abs().max().item() for i in range(1, len(batch.samples)))
             findings.append(at_most(f"fp8 {kind}: change in the others when one prompt changes", leaks, 0.0))
     return findings
+
+
+def _shared(model: Path, kind: str, bound: float) -> list[Finding]:
+    """Siblings whose contexts begin alike, by ``layout.share_prefixes`` and without: the same, and how much sooner."""
+    draw = random.Random(3)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(2, SMALL["vocab_size"]) for _ in range(count))
+
+    contexts = [ids(1500), ids(900)]
+    samples = []
+    for i in range(16):
+        response = ids(draw.randint(1, 200))
+        own = (*contexts[i // 8], *ids(i % 8 * 9))
+        samples.append(Sample(f"0/{i}", i // 8, ids(60), response, (-8.0,) * len(response), own, 0.0))
+    batch = Batch(0, tuple(samples), {}, 1)
+    scores, seconds = {}, {}
+    for share in ("off", "teacher"):
+        asked = (f"fp8.student={kind}", f"fp8.teacher={kind}", f"layout.share_prefixes={share}")
+        learner = learner_of(model, *asked, "layout.tokens_per_micro_batch=32768")
+        student = learner.score_student(batch)
+        rounds = []
+        for _ in range(6):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            scores[share] = joined(learner.score_teacher(batch, student).log_probs)
+            torch.cuda.synchronize()
+            rounds.append(time.perf_counter() - began)
+        seconds[share] = statistics.median(rounds[1:])
+    apart = (scores["teacher"] - scores["off"]).abs().mean().item()
+    return [
+        at_most(f"fp8 {kind}: siblings that share their beginnings from those that do not, mean", apart, bound),
+        Finding(f"fp8 {kind}: s of the teacher's pass, alone, shared", " ".join(f"{s:.4f}" for s in seconds.values())),
+    ]
 
 
 def teacher() -> list[Finding]:
