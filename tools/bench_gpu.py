@@ -16,6 +16,7 @@ SECTIONS = {
     **{name: f"gpu_sections.speed:{name}" for name in ("ceilings", "quantisation", "ema")},
     **{name: f"gpu_sections.last_layer:{name}" for name in ("head", "support")},
     "stack": "gpu_sections.speed:stack",
+    "sharing": "gpu_sections.speed:sharing",
     "profile": "gpu_sections.kernels:layers_by_kernel",
     "publish": "gpu_sections.publishing:publish",
 }

@@ -4,12 +4,13 @@ import gc
 import statistics
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from gpu_sections.common import Finding, at_least, at_most, draw_batch, learner_of, qwen3, write_model
+from gpu_sections.common import Finding, at_least, at_most, draw_batch, joined, learner_of, qwen3, write_model
 from megatron_sdpo import flops, quantization
 from megatron_sdpo.batching import MicroBatch
 from megatron_sdpo.mcore.forward import forward_backward, score
@@ -118,6 +119,47 @@ def stack() -> list[Finding]:
         ratio = times["off"][what] / times["blockwise"][what]
         findings.append(at_least(f"{what}: FP8 faster by", ratio, goal) if goal else Finding(f"{what}: by", ratio))
     return findings
+
+
+def sharing() -> list[Finding]:
+    """The teacher's pass of Qwen3-8B's layers over the siblings of two questions, with ``layout.share_prefixes`` and
+    without. Their contexts are 4096 tokens that all eight read and 32 of each one's own, responses 2048 to 4092."""
+    findings, batch = [], _siblings()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        model = write_model(Path(name) / "model", qwen3(num_hidden_layers=LAYERS), std=0.02)
+        for kind in ("off", "blockwise"):
+            found = {}
+            for share in ("off", "teacher"):
+                asked = (f"fp8.student={kind}", f"fp8.teacher={kind}", f"layout.share_prefixes={share}")
+                found[share] = _taught(learner_of(model, *asked, "layout.tokens_per_micro_batch=36864"), batch)
+                findings.append(
+                    Finding(f"fp8 {kind}: s of the teacher's pass, share_prefixes={share}", found[share][1])
+                )
+                gc.collect()
+                torch.cuda.empty_cache()
+            (alone, slow), (together, quick) = found["off"], found["teacher"]
+            findings.append(Finding(f"fp8 {kind}: sooner by", slow / quick))
+            findings.append(Finding(f"fp8 {kind}: log-probs apart, mean", (alone - together).abs().mean().item()))
+    return findings
+
+
+def _siblings() -> Batch:
+    samples = []
+    for question in range(2):
+        lengths = [(512, 1, 4096)] + [(512, 2048 + 292 * i, 32) for i in range(8)]
+        shared, *tails = draw_batch(150_000, lengths, question).samples
+        for i, tail in enumerate(tails):
+            read = (*(shared.teacher_prompt_ids or ()), *(tail.teacher_prompt_ids or ()))
+            own = replace(tail, id=f"0/{question}/{i}", group=question, prompt_ids=shared.prompt_ids)
+            samples.append(replace(own, teacher_prompt_ids=read))
+    return Batch(0, tuple(samples), {}, cursor=1)
+
+
+def _taught(learner: Learner, batch: Batch) -> tuple[Tensor, float]:
+    """What the teacher says, and the seconds that it takes."""
+    student = learner.score_student(batch)
+    log_probs = joined(learner.score_teacher(batch, student).log_probs)
+    return log_probs, seconds(lambda: learner.score_teacher(batch, student), 5, 1)
 
 
 def _passes(learner: Learner, batch: Batch) -> dict[str, float]:
