@@ -63,6 +63,11 @@ def skip_and_stop(folder: Path, groups: ParallelGroups, layout: LayoutConfig) ->
     assert metrics["optim/grad_norm"] > 1e-3 and metrics["loss/total"] > 0.0
     assert same_bits(state(learner), before)
     found["patience"] = stopped(learner, 2)
+    batchwise = (*SPIKES, "spikes.policy=skip", "teacher.update_every=generation_batch")
+    once = make_learner(make_config(model, batchwise, layout), groups)
+    learn(once, make_batch(0))
+    once.norms, before = LOW, state(once)
+    assert learn(once, make_batch(1))["optim/skipped_steps"] == 2.0 and same_bits(state(once), before)
     undisturbed.norms = learner.norms = History()
     assert learn(learner, make_batch(3)) == learn(undisturbed, make_batch(3))  # as if nothing had been
     assert differences(state_of(learner)["weights"], state_of(undisturbed)["weights"]) == []

@@ -1,6 +1,6 @@
 """One GPU for both: Transformer Engine's blockwise FP8 in the trainer, SGLang's block FP8 in the engine.
 
-Not yet run on a GPU. SGLang and Transformer Engine must be importable; ``SDPO_TEST_ENGINE_ARGS`` are more arguments for
+SGLang and Transformer Engine must be importable; ``SDPO_TEST_ENGINE_ARGS`` are more arguments for
 SGLang (``--fp8-gemm-backend=triton``, ``--attention-backend=triton`` where a kernel library is missing). Numbers are
 printed (``pytest -m gpu -s``).
 """
@@ -30,7 +30,7 @@ from tests.tiny_model import write_tiny_checkpoint
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: not yet run on one"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
 ]
 LAYERS = 4
 PROMPT = (5, 17, 80, 33, 9, 61, 4, 28, 99, 12, 7, 50)

@@ -262,7 +262,7 @@ def test_emulated_fp8_makes_the_same_codes(tmp_path: Path, groups: ParallelGroup
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_gpu_shares_too(tmp_path: Path, groups: ParallelGroups, dtype: str) -> None:
-    """fp32: the CPU's modules; bf16: Transformer Engine's, if it is there. Not yet run on a GPU."""
+    """fp32: the CPU's modules; bf16: Transformer Engine's, if it is there."""
     model = write_model(tmp_path)
     plain, _, _ = scored(model, groups, LayoutConfig(), "off", f"model.dtype={dtype}", batches=0)
     found, _, spared = scored(model, groups, LayoutConfig(), "scoring", f"model.dtype={dtype}", batches=0)
@@ -296,15 +296,15 @@ def test_a_shared_beginning_weighs_once_for_all_its_readers() -> None:
 
 
 def test_who_shares_by_default_and_who_is_refused() -> None:
-    def views(share: str, overrides: tuple[str, ...] = (), gpu: bool = False) -> set[str]:
+    def views(share: str, overrides: tuple[str, ...] = (), gpu: int | None = None) -> set[str]:
         config = make_config(Path("x"), (f"layout.share_prefixes={share}", *overrides))
         return set(shared_views(config, gpu))
 
     context = ("layout.context_parallel=2", "layout.world_size=2")
     assert views("auto") == views("teacher") == {"teacher"}
     assert views("scoring") == {"student", "teacher"}
-    assert views("auto", context) == views("auto", gpu=True) == views("off") == set()
-    assert views("teacher", gpu=True) == {"teacher"}
+    assert views("auto", gpu=9) == views("teacher", gpu=8) == {"teacher"}
+    assert views("auto", context) == views("auto", gpu=8) == views("auto", gpu=10) == views("off") == set()
     assert views("auto", ("objective.kind=grpo",)) == views("scoring", ("objective.kind=next_token",)) == set()
     for share in ("teacher", "scoring"):
         config = make_config(Path("x"), (f"layout.share_prefixes={share}", *context))

@@ -37,8 +37,8 @@ class LayoutConfig:
     once. teacher: the teacher's passes do; scoring: the student's scoring passes too, whose log-probs then differ from
     those of the training passes by rounding, which shows in bf16. Data ranks get whole questions as far as their work
     stays even. No result changes beyond rounding; perf/shared_tokens counts what is spared. Not with
-    context_parallel, which divides whole sequences. auto: teacher, but off with context_parallel, and on GPUs, where it
-    has not yet run."""
+    context_parallel, which divides whole sequences. auto: teacher, but off with context_parallel, and on GPUs that are
+    no Hopper, where it has not yet run."""
     head_chunk_tokens: int = 1024
     """Response tokens whose logits a rank holds at one time, forward and backward; changes memory, not results."""
     gradient_accumulation_fusion: Literal["auto", "on", "off"] = "auto"
@@ -139,8 +139,8 @@ class SpikeConfig:
     """What is done about a gradient norm far beyond those before it (spikes.py)."""
 
     policy: Literal["off", "skip", "stop"] = "off"
-    """skip: the optimizer step is not made, nor does an EMA teacher follow that follows each; stop: the run ends before
-    it, as at numbers that are not finite."""
+    """skip: the optimizer step is not made, and an EMA teacher does not follow it (one that follows batches: if all
+    steps of a batch were skipped); stop: the run ends before it, as at numbers that are not finite."""
     factor: float = 10.0
     """A spike is above this times the median of the last accepted norms."""
     window: int = 32

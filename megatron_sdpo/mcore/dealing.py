@@ -10,12 +10,16 @@ from megatron_sdpo.prefixes import LEAST_TOKENS, shared_by_siblings
 from megatron_sdpo.types import Sample
 
 
-def shared_views(config: Config, on_gpu: bool) -> tuple[View, ...]:
-    """The views that are scored and share beginnings (``layout.share_prefixes``)."""
+def shared_views(config: Config, gpu: int | None) -> tuple[View, ...]:
+    """The views that are scored and share beginnings (``layout.share_prefixes``).
+
+    ``gpu``: the major number of its compute capability, None on a CPU. Hopper's is 9: elsewhere the attention that this
+    takes is not known to be there.
+    """
     layout, objective = config.layout, config.objective
     asked = layout.share_prefixes
     if asked == "auto":
-        asked = "off" if on_gpu or layout.context_parallel > 1 else "teacher"
+        asked = "teacher" if gpu in (None, 9) and layout.context_parallel == 1 else "off"
     teacher: tuple[View, ...] = ("teacher",) if asked != "off" and objective.has_teacher else ()
     return (*teacher, "student") if asked == "scoring" and objective.kind != "next_token" else teacher
 

@@ -149,7 +149,7 @@ def shutdown() -> None:
 
 
 def _check_backend(layout: LayoutConfig) -> None:
-    """Refuse what only NCCL can do (and there has not yet been run on a GPU)."""
+    """Refuse what only NCCL can do."""
     uneven = layout.expert_parallel > 1 and layout.expert_tensor > 1 and layout.sequence_parallel
     if uneven and platform.backend() == "gloo":
         raise ConfigError(

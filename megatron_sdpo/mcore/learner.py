@@ -63,7 +63,7 @@ class Learner:
         tensor_ranks = groups.tensor_size if config.layout.sequence_parallel else 1
         self.row = RowCut(groups.context_rank, groups.context_size, tensor_ranks * token_multiple(config.fp8))
         self._count_multiple = groups.pipeline_size if config.layout.virtual_pipeline > 1 else 1
-        self._shared_views = dealing.shared_views(config, on_gpu=self.device.type == "cuda")
+        self._shared_views = dealing.shared_views(config, platform.gpu_generation())
         self._dealer = dealing.Dealer(groups.data_size, self._shared_views)
         self._spared: dict[View, Tokens] = {}
         """What scoring passes over the last batch did not compute, on all ranks, as siblings share beginnings."""
@@ -73,6 +73,8 @@ class Learner:
         self.norms = spikes.History()
         """What is known of gradient norms; the same on every rank."""
         self._damping = 1.0
+        self._stepped = True
+        """Whether any optimizer step of the last batch was made."""
         self._floor: dict[str, float] | None = None
         """What precision alone makes of the objective; None until the first batch after a start."""
 
@@ -226,6 +228,7 @@ class Learner:
         found = [self._optimizer_step(batch, chosen, student, teacher) for chosen in self._mini_batches(batch)]
         self.weights.gather()  # whoever reads the weights from here on finds the new ones
         self.step += 1
+        self._stepped = not all(metrics.get(_SKIPPED) for metrics in found)
         columns = {key: [metrics[key] for metrics in found] for key in found[0]}
         floor, self._floor = self._floor or {}, {}
         totals = {key: max(c) if key.endswith("/max") else sum(c) / len(c) for key, c in columns.items()}
@@ -234,8 +237,9 @@ class Learner:
         return {**totals, **floor, "optim/lr": rate, "optim/guard": self._damping}
 
     def update_teacher(self) -> None:
-        """Once per generation batch; the teacher may have followed each optimizer step instead."""
-        if self.config.teacher.update_every == "generation_batch":
+        """Once per generation batch, unless all of its steps were skipped; the teacher may have followed each optimizer
+        step instead."""
+        if self._stepped and self.config.teacher.update_every == "generation_batch":
             self.teacher.update(self.weights.masters(), self._damping)
 
     def evaluated(self, accuracy: float) -> None:

@@ -43,6 +43,11 @@ def backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
+def gpu_generation() -> int | None:
+    """The major number of the GPU's compute capability, 9 for Hopper; None without a GPU."""
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else None
+
+
 @functools.cache
 def redirect_torch() -> None:
     """Make torch.cuda's entry points that Megatron uses answer for the CPU; call before importing megatron."""

@@ -46,9 +46,10 @@ def own_address(url: str) -> str:
 class StageTransport:
     """Sender's end of a process group: rank 0 here, then every engine's ranks in order.
 
-    ``backend``: gloo between CPUs, or through host memory between GPUs; NCCL between GPUs (which has not run yet). The
-    rendezvous listens on ``host`` only. Joining and each bucket may take ``timeout_s``. The first failure, which may be
-    that of joining, raises TransportError and is this group's end on both sides: make another transport.
+    ``backend``: gloo between CPUs, or through host memory between GPUs; NCCL between GPUs (it ran on one GPU, each end
+    saying that it is another host; not yet between two). The rendezvous listens on ``host`` only. Joining and each
+    bucket may take ``timeout_s``. The first failure, which may be that of joining, raises TransportError and is this
+    group's end on both sides: make another transport.
     """
 
     def __init__(

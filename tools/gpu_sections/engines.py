@@ -1,7 +1,6 @@
 """Weights to a real SGLang engine by every way there is, in bf16 and in FP8, and its memory given back and taken again.
 
 ``SDPO_TEST_ENGINE_ARGS`` are more arguments for SGLang (``--attention-backend=triton`` where its kernels are missing).
-What is here ran on a GPU by other programs (tools/BENCHMARKS.md); this section itself not yet.
 """
 
 import importlib.util
