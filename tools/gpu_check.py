@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[[], *SECTIONS], metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--limit", type=float, default=180.0)
+    parser.add_argument("--limit", type=float, default=300.0)
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--within", metavar="SECTION", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -49,7 +49,7 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
 BOUND = {"dense": 0.01, "experts": 0.03, "blockwise": 0.03}
 """Relative, of two steps: bf16 rounds otherwise in slices, near ties experts are chosen otherwise."""
 LIMIT_S = 150.0
-AT_ONCE = 3
+AT_ONCE = 4
 
 
 def layouts() -> list[Finding]:
