@@ -164,6 +164,7 @@ def test_the_page_says_what_is_missing_and_loads_nothing(tmp_path: Path) -> None
     assert (tmp_path / "study.png").stat().st_size > 10_000
     told = json.loads((tmp_path / "findings.json").read_text())
     assert len(told["rungs"]) == 8 and "draws" not in told["rungs"][0]
+    assert len(told["runs"]) == 8 and len(told["runs"][0]["points"]["scores"]) == 20
     assert len(findings_lines(findings)) == 2 + 3
 
 

@@ -31,7 +31,7 @@ def write_study(folder: Path, manifest: Manifest) -> tuple[Path, Findings]:
     if not runs:
         raise ConfigError(f"{folder}: no run of the study has recorded a held-out score yet; run it, or wait")
     findings = find(runs, manifest.levels)
-    write(folder / "findings.json", json.dumps(_plain(findings), indent=1, allow_nan=False) + "\n")
+    write(folder / "findings.json", json.dumps(_plain(runs, findings), indent=1, allow_nan=False) + "\n")
     save_png(lambda: _figure(runs, findings), folder / "study.png")
     begun = {f"{run.arm}-{run.size}-seed{run.seed}" for run in runs}
     done = {cell.name: steps_done(folder, cell) for cell in manifest.cells if cell.name in begun}
@@ -134,8 +134,8 @@ def _gap_row(gap: Gap) -> dict[str, Any]:
     }
 
 
-def _plain(findings: Findings) -> dict[str, Any]:
-    """For JSON: without the draws, infinities as null."""
+def _plain(runs: Sequence[Run], findings: Findings) -> dict[str, Any]:
+    """For JSON: the runs' points, and what they say without the draws; infinities as null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -144,7 +144,7 @@ def _plain(findings: Findings) -> dict[str, Any]:
             return [plain(one) for one in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return plain(asdict(findings))
+    return plain({"runs": [asdict(run) for run in runs], **asdict(findings)})
 
 
 def _figure(runs: Sequence[Run], findings: Findings) -> Figure:
