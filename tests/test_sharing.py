@@ -16,13 +16,13 @@ from megatron_sdpo import batching
 from megatron_sdpo.batching import RowCut
 from megatron_sdpo.config import ConfigError, LayoutConfig, check
 from megatron_sdpo.hf_config import read_hf_config
-from megatron_sdpo.mcore.continuing import continuing
 from megatron_sdpo.mcore.dealing import Dealer, costs_of, shared_views
 from megatron_sdpo.mcore.forward import score
 from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.hf import load_hf
 from megatron_sdpo.mcore.model import Model, build_model, transformer_config
 from megatron_sdpo.mcore.modules import CausalAttention, packed_rows
+from megatron_sdpo.mcore.te_attention import continuing
 from megatron_sdpo.types import Sample
 from recipes.minipipe import BASE_MODEL
 from tests.dist_learner import parse

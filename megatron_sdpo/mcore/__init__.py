@@ -5,6 +5,8 @@ platform.py         Megatron's spelled-out "cuda" redirected to the CPU where th
 groups.py           process groups of a layout, as a frozen record that travels as an argument
 elementwise.py      norm, gated unit and rotary embedding for CPUs
 modules.py          packed rows, and causal attention for CPUs
+continuing.py       where pieces of a row stand that continue others
+te_attention.py     Transformer Engine's attention for such rows
 rotary.py           rotary frequencies of a config
 experts.py          mixtures of experts, also where tensor ranks hold the same tokens
 fp8.py              the precision of each pass: Transformer Engine's FP8, or its emulation
@@ -19,6 +21,7 @@ passes.py           where those passes are, for a timeline
 optimizer.py        DDP and AdamW around the model; its step in two halves
 weights.py          master weights, moments and teacher: whole on every data rank, or divided
 learner.py          score, train, teach, probe: what loop.py calls
+dealing.py          which samples each data rank passes
 targets.py          what a micro-batch's responses are held to
 scores.py           what the scoring passes find
 finite.py           numbers and norms that stop a run, or a step

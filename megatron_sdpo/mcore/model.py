@@ -21,7 +21,6 @@ from torch import Tensor
 
 from megatron_sdpo.config import ConfigError, Fp8Config, LayoutConfig
 from megatron_sdpo.mcore import platform
-from megatron_sdpo.mcore.continuing import with_continuations
 from megatron_sdpo.mcore.experts import with_experts
 from megatron_sdpo.mcore.fp8 import (
     EmulatedColumnLinear,
@@ -35,6 +34,7 @@ from megatron_sdpo.mcore.groups import ParallelGroups
 from megatron_sdpo.mcore.modules import PackedRows, cpu_block_spec
 from megatron_sdpo.mcore.names import padded_vocabulary
 from megatron_sdpo.mcore.rotary import inverse_frequencies
+from megatron_sdpo.mcore.te_attention import with_continuations
 
 NO_FP8 = Fp8Config()
 
