@@ -33,14 +33,14 @@ def configs(draw: st.DrawFn, fixed: dict[str, Any]) -> ObjectiveConfig:
     alpha = 1.0 if support == "sampled" else draw(st.sampled_from([0.0, 0.3, 0.5, 1.0]))
     weightings = ["uniform", "question_difficulty", *(["failed_only", "teacher_confidence"] if taught else [])]
     plain = kind == "next_token"
+    credits = {"top_k": ["logit", "token"], "sampled": ["logit", "sequence"]}.get(support, ["logit"])
+    credit = draw(st.sampled_from(credits))  # of a token: one is kept, and without a tail always agreed on
     config = ObjectiveConfig(
         **fixed,
         alpha=alpha,
         top_k=K,
-        tail=draw(st.booleans()),
-        credit=draw(
-            st.sampled_from({"top_k": ["logit", "token"], "sampled": ["logit", "sequence"]}.get(support, ["logit"]))
-        ),
+        tail=credit == "token" or draw(st.booleans()),
+        credit=credit,
         advantage_clip=draw(st.sampled_from([None, 0.4])) if alpha == 1 else None,
         advantage_clip_sides=draw(st.sampled_from(["one", "two"])),
         grpo_share=draw(st.sampled_from([0.0, 0.4, 1.0])),
