@@ -24,7 +24,7 @@ from megatron_sdpo.rollout.journal import Journal
 from megatron_sdpo.tasks import load_task
 from megatron_sdpo.tracking import read_metrics
 from recipes.minipipe import BASE_MODEL, minipipe
-from tests.launch import ROOT
+from tests.launch import ROOT, _free_port  # pyright: ignore[reportPrivateUsage]
 from tests.test_end_to_end import assert_gone
 from tests.test_half_runs import group
 
@@ -214,3 +214,43 @@ def check_message(run: Started) -> list[str]:
     assert first.startswith("the trainer ranks did not get on within ranks.timeout_s 20 s in phase ")
     assert last == "the Python stacks of the ranks that live are in the trainer's log" and len(lines) == 2
     return [first, *lines]
+
+
+WAITS = """
+import os, signal, sys
+from pathlib import Path
+import torch.distributed as dist
+from megatron_sdpo.config import apply_overrides
+from megatron_sdpo.launch.run_dir import RunDir
+from megatron_sdpo.launch.watchdog import Watchdog
+from megatron_sdpo.phases import Phases
+from recipes.minipipe import minipipe
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+phases = Phases([Watchdog(apply_overrides(minipipe(), ["ranks.timeout_s=5"]), RunDir(Path(sys.argv[1])), rank, 2)])
+dist.barrier()
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
+with phases("wait"):
+    dist.barrier()
+"""
+
+
+def test_the_first_rank_ends_when_it_waits_for_a_stopped_one_and_not_for_the_coordinator(tmp_path: Path) -> None:
+    shared = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = str(_free_port())
+    RunDir(tmp_path).logs.mkdir()
+    command = [sys.executable, "-c", WAITS, str(tmp_path)]
+    first, second = (
+        subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    )
+    try:
+        said = first.communicate(timeout=90)[1]
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+    assert first.returncode == 1, said
+    named = "did not get on within ranks.timeout_s 5 s in phase wait of step 0; not arrived: rank 1\n"
+    assert named in said and "rank 1 on " in said and ", silent, at " in said

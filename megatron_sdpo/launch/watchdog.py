@@ -9,7 +9,8 @@ Whoever finds itself in one phase for longer than ``ranks.timeout_s`` marks the 
 ranks write the Python stacks of their threads to the log; the one that marked it reads how the others stand, leaves a
 message with a line a rank, and ends; the launcher, or torchrun, ends the rest. Waiting for the coordinator ("wait"),
 and what lies between steps (evaluation), are not bounded: what answers there has time limits of its own. But the others
-wait there for the first rank, so they end when it has shown no life for as long.
+wait there for the first rank, so they end when it has shown no life for as long; and it ends itself when it has waited
+for one of them all that time.
 
 A process that is stopped as a whole and continued later (``scontrol suspend``) is not hung: time counts only while the
 thread runs. A rank alone that holds the interpreter's lock for ever is not noticed: its thread does not run either.
@@ -101,15 +102,20 @@ class Watchdog:
     def _watch(self) -> None:
         seen, seconds, last = self._now, 0.0, time.monotonic()
         shown, silent = 0, 0.0  # by the first rank
+        held = 0.0  # the first rank by the others, while it seems to wait for the coordinator
         while not self._closed.wait(self.tick_s):
             now, time_s = self._now, time.monotonic()
             passed = min(time_s - last, 2 * self.tick_s)  # of a gap in which this thread did not run, two ticks count
-            seconds = seconds + passed if now is seen else 0.0
+            stays = now is seen
+            seconds = seconds + passed if stays else 0.0
             ticks = first.ticks if (first := self._read(0)) else 0
             silent = silent + passed if ticks == shown else 0.0
             seen, last, shown = now, time_s, ticks
-            self._write(self._place(now, seconds))
-            overdue = silent > self._timeout_s if now[2] in WAITING else seconds > self._timeout_s
+            place = self._place(now, seconds)
+            self._write(place)
+            held = held + passed if stays and self._rank == 0 and place.in_collective else 0.0
+            waited = max(silent, held) if now[2] in WAITING else seconds
+            overdue = waited > self._timeout_s
             if overdue and self._marks_hung():
                 self._report(now, seconds)
             elif self._is_hung():
