@@ -235,11 +235,12 @@ def gap(rung: Rung, reference: Rung, levels: Sequence[float]) -> Gap:
 
 
 def budgets(rungs: Sequence[Rung]) -> tuple[Budget, ...]:
-    """The best size at compute budgets that every size has seen; none with fewer than two sizes."""
+    """The best size at compute budgets that every size has seen, from where one of them is halfway: before that all lie
+    at their floors. None with fewer than two sizes."""
     curves = [rung for rung in rungs if rung.curve is not None]
     if len(curves) < 2:
         return ()
-    low = min(rung.curve.middle for rung in curves if rung.curve) / 10
+    low = min(rung.curve.middle for rung in curves if rung.curve)
     high = min(rung.within for rung in curves)
     found = []
     for compute in np.geomspace(low, high, BUDGETS) if low < high else ():
