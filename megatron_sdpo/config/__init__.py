@@ -10,8 +10,8 @@ training.py  those of the trainer's ranks: layout, optimizer, guards, checkpoint
 sandbox.py   those of the sandbox in which programs of the model are executed
 layouts.py   a layout in one word, both ways
 reading.py   overrides, JSON in and out, strictly
-checks.py    what values may be, alone and together; fp8_checks.py: which precisions; sharing.py: engines on
-             the trainer's own GPUs
+checks.py    what values may be, alone and together; objective_checks.py, fp8_checks.py: objectives and
+             precisions; sharing.py: engines on the trainer's own GPUs
 ===========  ==========================================================================
 """
 

@@ -16,7 +16,8 @@ from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.launch.status import forget_stop, has_stopped, stop_requested
 from megatron_sdpo.rollout import lifeline
 from megatron_sdpo.rollout.cpu_platform import has_cuda
-from megatron_sdpo.rollout.fleet import Fleet, Share, log_tail
+from megatron_sdpo.rollout.fleet import Fleet, Share
+from megatron_sdpo.rollout.fleet_files import log_tail
 from megatron_sdpo.timeline import write_timeline
 
 

@@ -23,6 +23,7 @@ from megatron_sdpo.rollout.fleet_arguments import engine_arguments, router_argum
 from megatron_sdpo.rollout.fleet_files import (
     ROUTER,
     is_publishing,
+    log_tail,
     note_replacements,
     read_address,
     read_confirmed,
@@ -38,9 +39,6 @@ GRACE_S = 5.0
 """How long processes have to end by themselves before they are killed."""
 MOST_RESTARTS = 3
 """So often an engine is replaced; one that ends again and again is not to be helped."""
-TAIL_LINES = 15
-TAIL_WIDTH = 400
-"""Characters shown of a line of a log: SGLang writes all its settings, pages of them, into one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,12 +398,3 @@ def _lives(session: int) -> bool:
             if os.getsid(process.pid) == session and process.info["status"] != psutil.STATUS_ZOMBIE:
                 return True
     return False
-
-
-def log_tail(log: Path) -> str:
-    """The last lines of a log; of a long one its beginning, and how much was left out."""
-    lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-    return "\n".join(
-        line if len(line) <= TAIL_WIDTH else f"{line[:TAIL_WIDTH]} ... ({len(line) - TAIL_WIDTH} more characters)"
-        for line in lines
-    )

@@ -2,6 +2,7 @@
 
 ``engine-0.json ...``, ``router.json`` and ``replaced-engine-0.json ...`` (how often, where it was) are written by the
 fleets of the machines, ``confirmed.json`` and ``publishing`` (there while weights are sent) by the trainer.
+``log_tail`` is for the logs beside them.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +14,9 @@ import msgspec
 from megatron_sdpo.rollout.control import EngineControl
 from megatron_sdpo.types import EngineAddress
 
+TAIL_LINES = 15
+TAIL_WIDTH = 400
+"""Characters shown of a line of a log: SGLang writes all its settings, pages of them, into one line."""
 ROUTER = "router"
 
 
@@ -112,3 +116,12 @@ def _write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(data)
     temporary.replace(path)
+
+
+def log_tail(log: Path) -> str:
+    """The last lines of a log; of a long one its beginning, and how much was left out."""
+    lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+    return "\n".join(
+        line if len(line) <= TAIL_WIDTH else f"{line[:TAIL_WIDTH]} ... ({len(line) - TAIL_WIDTH} more characters)"
+        for line in lines
+    )

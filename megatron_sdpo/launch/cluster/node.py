@@ -25,7 +25,8 @@ from megatron_sdpo.launch.roles import HOST, POLL_S, Role, environment, start_ro
 from megatron_sdpo.launch.run_dir import RunDir
 from megatron_sdpo.launch.status import request_stop
 from megatron_sdpo.rollout import lifeline
-from megatron_sdpo.rollout.fleet import Fleet, Share, log_tail
+from megatron_sdpo.rollout.fleet import Fleet, Share
+from megatron_sdpo.rollout.fleet_files import log_tail
 
 TICK_S = 1.0
 WARNINGS = {signal.SIGTERM: "preempted or out of time (SIGTERM)", signal.SIGUSR1: "the time limit is near (SIGUSR1)"}
