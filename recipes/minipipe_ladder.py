@@ -46,5 +46,6 @@ STUDIES = [
         },
         seeds=(1, 2, 3),
         levels=(0.5, 0.8),
+        needs="models that `make ladder` makes, minutes each on one core",
     )
 ]

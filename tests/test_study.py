@@ -221,6 +221,10 @@ def test_slurm_lines_ask_for_the_nodes_of_trainers_and_engines() -> None:
         (["ladder", "--jobs", "0"], "--jobs is 0; it must be at least 1"),
         (["ladder", "--report", "--out", "nowhere"], "nowhere: no run of the study has recorded"),
         (["ladder", "--list", "no.such.key=1"], "no.such.key"),
+        (
+            ["minipipe-ladder"],
+            "has no config.json; set model.path to a Hugging Face checkpoint directory; the study needs",
+        ),
     ],
 )
 def test_wrong_requests_end_with_a_sentence(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import megatron_sdpo
 from megatron_sdpo import config as configuration
-from megatron_sdpo.config import Config
+from megatron_sdpo.config import Config, ConfigError
 from megatron_sdpo.flops import layer_parameters
 from megatron_sdpo.hf_config import read_hf_config
 from megatron_sdpo.launch.planning import architecture
@@ -26,7 +26,10 @@ CHECKOUT = Path(megatron_sdpo.__file__ or "").parents[1]
 def manifest_of(study: Study, cells: Sequence[Cell], folder: Path) -> Manifest:
     """The study with these cells, and those that ``folder`` has already. ConfigError for a cell that cannot be."""
     configs = {cell.name: config_of(cell) for cell in cells}
-    models = {cell.size: read_hf_config(architecture(None, configs[cell.name])) for cell in cells}
+    try:
+        models = {cell.size: read_hf_config(architecture(None, configs[cell.name])) for cell in cells}
+    except ConfigError as error:
+        raise ConfigError(f"{error}; the study needs {study.needs}" if study.needs else str(error)) from error
     manifest = Manifest(
         study=study.name,
         title=study.title,

@@ -29,7 +29,7 @@ class Cell:
 class Study:
     """``sizes``: label → recipe, the smallest first. ``arms``: what is compared, as overrides; the first is what the
     others are measured against. ``{seed}`` in an override is the seed. ``levels`` are the scores whose cost is asked
-    for."""
+    for. ``needs`` says what must be there first, for whom it is not."""
 
     name: str
     title: str
@@ -37,6 +37,7 @@ class Study:
     arms: Mapping[str, tuple[str, ...]]
     seeds: tuple[int, ...]
     levels: tuple[float, ...]
+    needs: str = ""
 
     def cells(
         self, folder: str, arms: Sequence[str], sizes: Sequence[str], seeds: Sequence[int], more: Sequence[str] = ()
